@@ -1,0 +1,435 @@
+/*
+ * vmmc_layout.h: the shared memory that programs, NICs and observers agree on.
+ *
+ * Every structure here lies in a POSIX shared-memory segment.  Each field has one writer, named in
+ * its comment ("app" is the library in an attached program, "NIC" the firmware of the node).  What
+ * two processes write never shares a cache line.  Everything the app writes is hostile to the NIC:
+ * it copies once, checks the copy and uses the copy.
+ *
+ * State that moves is a 64-bit position in a byte stream, stored and never added to by a reader, so
+ * a command seen twice or a copy done again by a successor changes nothing.  A doorbell only says
+ * "look".
+ *
+ * Segments, all named /vmmc.<uid>.<cluster>.node<i>.<what>:
+ *
+ *   ep<serial>.app   written by the app, mapped by its own NIC (read-write) and by peers' NICs (read)
+ *   ep<serial>.nic   written by the app's NIC, mapped by the app read-only
+ *   ep<serial>.own   written by the app's NIC, mapped by nobody else (nodes/nic/own.h)
+ *   pub              written by the node's NIC, mapped by its apps and by observers read-only
+ *   door             the node's doorbell for other NICs: written by NICs only
+ *   state            written by the node's NIC, mapped by nobody else
+ *   link.node<j>     written by this node's NIC: the queue of packets to node j
+ */
+#ifndef VMMC_LAYOUT_H
+#define VMMC_LAYOUT_H
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define VMMC_LAYOUT_VERSION 1u
+#define VMMC_MAGIC 0x636d6d76u /* "vmmc" */
+
+#define VMMC_LINE 64 /* bytes in a cache line */
+#define VMMC_PAGE 4096
+
+/* ---- limits ------------------------------------------------------------------------------------ */
+
+enum {
+  VMMC_NODES_MAX = 1024,
+  VMMC_ENDPOINTS_MAX = 1024,   /* endpoints on a node at one time */
+  VMMC_ACTIVE_SLOTS = 16384,   /* socket slots that the app allocates: [0, ACTIVE) */
+  VMMC_SLOTS = 32768,          /* the NIC allocates [ACTIVE, SLOTS), for connections it accepts */
+  VMMC_RING = 256 * 1024,      /* bytes of a socket's transmit ring and of its default buffer */
+  VMMC_FIRST_WINDOW = 16384,   /* bytes of credit that a new connection starts with */
+  VMMC_COMMANDS = 256,         /* VMMC commands outstanding in one endpoint */
+  VMMC_EXPORTS = 1024,         /* buffers that one endpoint may export at a time */
+  VMMC_NOTIFICATIONS = 1024,   /* notifications that wait to be taken */
+  VMMC_GROUPS = 64,            /* wake groups of one endpoint: sets of sockets that somebody sleeps on */
+  VMMC_WAKERS = 64,            /* event descriptors of one endpoint's sleeping threads */
+  VMMC_EVENTS = 65536,         /* entries of the event ring; more than VMMC_SLOTS */
+  VMMC_NAME_MAX = 32,          /* bytes of an export's or a cluster's name, without a final NUL */
+};
+
+#define VMMC_HEAP_BYTES (1ull << 30) /* what vmmc_alloc hands out, committed as it is pinned */
+#define VMMC_HEAP_PAGES (VMMC_HEAP_BYTES / VMMC_PAGE)
+
+/* ---- addresses ---------------------------------------------------------------------------------- */
+
+/* Always 16 bytes: an IPv4 address is kept as ::ffff:a.b.c.d.  family says how to show it. */
+struct vmmc_address {
+  uint8_t ip[16];
+  uint16_t port;   /* host order */
+  uint16_t family; /* AF_INET or AF_INET6, 0 none */
+};
+
+/* ---- the app's side of a socket ------------------------------------------------------------------ */
+
+/* What a request asks of the NIC.  The answer comes in vmmc_nic_slot.reply. */
+enum vmmc_request {
+  VMMC_REQUEST_NONE,
+  VMMC_REQUEST_BIND,    /* take a port: local (port 0: any); answer in nic_slot.local */
+  VMMC_REQUEST_LISTEN,  /* accept connections on the bound port (binds first when unbound); backlog */
+  VMMC_REQUEST_CONNECT, /* to peer on node peer_node; answered as soon as it is under way; the
+                           outcome is VMMC_CONNECTED or an error in nic_slot.status */
+};
+
+/* vmmc_app_slot.bind_flags */
+enum {
+  VMMC_BIND_REUSEADDR = 1,
+  VMMC_BIND_REUSEPORT = 2,
+  VMMC_BIND_V6ONLY = 4, /* an AF_INET6 wildcard that does not take IPv4 too */
+};
+
+/* vmmc_app_slot.shut */
+enum {
+  VMMC_SHUT_WRITE = 1, /* nothing will be written past `written`: the NIC sends end of file after it */
+  VMMC_SHUT_READ = 2,
+  VMMC_CLOSED = 4, /* the app is done with the slot; the NIC delivers what is written, then frees it */
+  VMMC_ABORT = 8,  /* with VMMC_CLOSED: reset the connection instead (SO_LINGER of zero) */
+};
+
+/*
+ * A slot belongs to one socket at a time, told apart by a generation.  An active slot's generation is
+ * raised by the app when it takes the slot; a passive slot's by the NIC when it accepts.  Each side
+ * ignores the other's half of the slot unless both halves carry the same generation, except for
+ * vmmc_nic_slot.state, which tells the app when an active slot is free again.
+ *
+ * The app fills its half first (all positions zero), stores `generation` last, and then rings.
+ */
+struct vmmc_app_slot {
+  /* line 0: the request, a mailbox of one.  Writer: app. */
+  _Alignas(VMMC_LINE) _Atomic uint32_t request; /* raised by one for each request, never reset */
+  _Atomic uint32_t generation;                  /* 0: the app does not hold this slot */
+  uint32_t op;                                  /* enum vmmc_request */
+  uint16_t bind_flags;                          /* VMMC_BIND_* */
+  uint16_t peer_node;                           /* CONNECT: index of the peer's node */
+  struct vmmc_address local; /* BIND, LISTEN, CONNECT: own address; port 0: the NIC chooses */
+  struct vmmc_address peer; /* CONNECT */
+  uint32_t backlog;         /* LISTEN */
+  _Atomic uint32_t receive_window; /* SO_RCVBUF in bytes, 0: the default; the NIC caps credit by it */
+
+  /* line 1: transmit.  Writer: app. */
+  _Alignas(VMMC_LINE) _Atomic uint64_t written; /* stream position up to which bytes lie in the ring */
+  _Atomic uint32_t shut;                        /* VMMC_SHUT_*, bits only ever added in a generation */
+  _Atomic uint32_t asleep_tx;                   /* threads that sleep on nic_slot.wake_tx */
+
+  /* line 2: receive.  Writer: app. */
+  _Alignas(VMMC_LINE) _Atomic uint64_t consumed; /* stream position up to which the app has read */
+  _Atomic uint64_t watch;                        /* bit g: a change matters to wake group g */
+  _Atomic uint32_t asleep_rx;                    /* threads that sleep on nic_slot.wake_rx */
+
+  /* line 3: redirection, see "Redirection" below.  Writer: app. */
+  _Alignas(VMMC_LINE) _Atomic uint64_t post; /* generation of the posted redirection, 0: none */
+  uint64_t redirect_offset;                  /* where to, an offset in the app segment's heap */
+  uint64_t redirect_length;
+  uint64_t redirect_position; /* stream position of the first byte that goes to redirect_offset */
+};
+
+/* ---- the NIC's side of a socket ------------------------------------------------------------------ */
+
+enum vmmc_state { /* vmmc_nic_slot.state */
+  VMMC_FREE,      /* not in use (an active slot may be taken by the app) */
+  VMMC_IDLE,      /* taken, perhaps bound */
+  VMMC_LISTENING,
+  VMMC_CONNECTING, /* request sent, or the peer's backlog is full */
+  VMMC_ESTABLISHED,
+  VMMC_DEAD, /* reset, refused or unreachable: status has the errno */
+};
+
+/* vmmc_nic_slot.status: low 16 bits an errno (0: none), above it flags.  Stored after the position
+ * that it speaks of: a reader that sees END_OF_FILE loads `placed` again before it believes it. */
+enum {
+  VMMC_ERRNO_MASK = 0xffff,
+  VMMC_END_OF_FILE = 1 << 16, /* nothing will be placed past `placed` */
+  VMMC_PEER_CLOSED = 1 << 17, /* the peer reads no more either */
+  VMMC_CONNECTED = 1 << 18,   /* was established, whatever came after */
+};
+
+struct vmmc_nic_slot {
+  /* line 0: identity and answers.  Writer: NIC. */
+  _Alignas(VMMC_LINE) _Atomic uint32_t reply; /* newest request that is answered */
+  int32_t reply_error;                        /* errno of that answer, 0: granted */
+  _Atomic uint32_t generation;
+  _Atomic uint32_t state; /* enum vmmc_state */
+  struct vmmc_address local, peer;
+  uint32_t peer_node;
+
+  /* line 1: transmit.  Writer: NIC. */
+  _Alignas(VMMC_LINE) _Atomic uint64_t limit; /* stream position up to which the app may write */
+  _Atomic uint64_t transmitted;               /* handed to the link */
+  _Atomic uint64_t peer_consumed;             /* newest known to have been read by the peer */
+  _Atomic uint32_t wake_tx;                   /* changed when something that a writer, connector or
+                                                 requester waits for happened and asleep_tx was set */
+
+  /* line 2: receive.  Writer: NIC. */
+  _Alignas(VMMC_LINE) _Atomic uint64_t placed; /* stream position up to which bytes have arrived */
+  _Atomic uint32_t status;
+  _Atomic uint32_t wake_rx; /* changed when a reader's condition may have and asleep_rx was set */
+
+  /* line 3: redirection.  Writer: NIC. */
+  _Alignas(VMMC_LINE) _Atomic uint64_t claim; /* generation of the redirection it is copying into, or 0 */
+  _Atomic uint64_t redirected_post;           /* generation that the next two speak of */
+  _Atomic uint64_t redirected_from;           /* bytes [from, to) went to the posted address; */
+  _Atomic uint64_t redirected_to;             /* all others to the default buffer */
+};
+
+/*
+ * A listening socket's stream carries its accepted connections: an entry of 8 bytes each, in its
+ * default buffer.  `placed` and `consumed` work as for data.
+ */
+struct vmmc_accept_entry {
+  uint32_t slot;
+  uint32_t generation;
+};
+
+/*
+ * Redirection (sockets and exports alike).
+ *
+ * post:   the app writes offset, length and position, then `post` = a generation never used before
+ *         on this slot (release).
+ * claim:  before each copy the NIC reads `post`; when it covers the bytes to come, the NIC stores
+ *         `claim` = that generation and loads `post` again (both seq_cst).  If post still stands, it
+ *         copies there and stores redirected_from/to before `placed`; then claim = 0 (release).
+ * cancel: the app stores post = 0 and loads claim until it is not that generation (both seq_cst: one
+ *         of the two sides must see the other's store).  Then nothing can still be written, and
+ *         [redirected_from, min(redirected_to, placed)) of redirected_post == generation tells what
+ *         went there.  A NIC that died while it held a claim writes no more; its successor first
+ *         lowers redirected_to to placed and then clears the claim.
+ *
+ * The bytes that were redirected are one run, since bytes are placed in order: those before it went
+ * to the default buffer (posted in the middle), those after it as well (the redirection was full).
+ */
+
+/* ---- VMMC commands -------------------------------------------------------------------------------- */
+
+enum vmmc_op {
+  VMMC_OP_NOP,
+  VMMC_OP_EXPORT,   /* export_id, offset, length, permissions, node (or VMMC_ANY_NODE), name */
+  VMMC_OP_UNEXPORT, /* export_id */
+  VMMC_OP_IMPORT,   /* node, name (or export_id when name is empty): answer import id and length */
+  VMMC_OP_UNIMPORT, /* import_id */
+  VMMC_OP_SEND,     /* import_id, offset (own heap), length, remote_offset, flags */
+  VMMC_OP_FETCH,    /* the same the other way: remote memory to own heap, needs read permission */
+};
+
+enum { /* vmmc_command.permissions */
+  VMMC_PERMIT_WRITE = 1,
+  VMMC_PERMIT_READ = 2,
+};
+enum { VMMC_SEND_NOTIFY = 1 }; /* vmmc_command.flags */
+#define VMMC_ANY_NODE 0xffffffffu
+
+/* One command, at index % VMMC_COMMANDS.  Writer: app. */
+struct vmmc_command {
+  _Alignas(VMMC_LINE) uint64_t index; /* position of this command: stored so that a check can compare */
+  uint32_t op;
+  uint32_t flags;
+  uint64_t offset; /* in the app segment's heap */
+  uint64_t length;
+  uint64_t remote_offset; /* in the exported buffer */
+  uint32_t import_id;
+  uint32_t export_id;
+  uint32_t node;
+  uint32_t permissions;
+  uint32_t tag; /* SEND with NOTIFY: handed to the receiver */
+  char name[VMMC_NAME_MAX];
+};
+
+/* The answer to the command of that index, at index % VMMC_COMMANDS.  Writer: NIC. */
+struct vmmc_completion {
+  _Alignas(VMMC_LINE) _Atomic uint64_t done; /* index + 1 of the command that this answers (release) */
+  int32_t error;                             /* errno, 0: done */
+  uint32_t id;                               /* IMPORT: import id */
+  uint64_t length;                           /* IMPORT: bytes exported; SEND, FETCH: bytes moved */
+  uint32_t permissions;                      /* IMPORT */
+};
+
+/*
+ * A redirection posted on an export.  Where a socket's counts stream positions, this one counts
+ * offsets in the exported buffer: [redirect_position, + redirect_length) goes to redirect_offset
+ * instead, as one ascending run: it begins with the first byte that arrives inside that range, and
+ * goes on with sends that continue where the run ends; a send elsewhere goes to the buffer.
+ * Writer: app.
+ */
+struct vmmc_app_export {
+  _Alignas(VMMC_LINE) _Atomic uint64_t post;
+  uint64_t redirect_offset;
+  uint64_t redirect_length;
+  uint64_t redirect_position;
+};
+
+/* Writer: NIC. */
+struct vmmc_nic_export {
+  _Alignas(VMMC_LINE) _Atomic uint64_t claim;
+  _Atomic uint64_t redirected_post;
+  _Atomic uint64_t redirected_from;
+  _Atomic uint64_t redirected_to;
+  _Atomic uint64_t received;  /* bytes that have arrived in this export, in all */
+  _Atomic uint64_t arrivals;  /* sends that have arrived in this export, in all */
+  uint64_t last_offset;       /* of the newest send that arrived whole */
+  uint64_t last_length;
+};
+
+/* At position % VMMC_NOTIFICATIONS.  Writer: NIC. */
+struct vmmc_notification {
+  uint64_t offset, length; /* what arrived, in the exported buffer */
+  uint32_t export_id;
+  uint32_t node; /* whose send it was */
+  uint32_t tag;
+  uint32_t sender; /* serial of the sending endpoint */
+};
+
+/*
+ * UTLB: one entry a heap page, written by the app when it pins a page (the page is committed before
+ * the entry is made valid) and cleared before it is unpinned.  The NIC caches entries; a page without
+ * a valid entry is not touched by any send, fetch or export (EFAULT).
+ */
+enum { VMMC_UTLB_VALID = 1 };
+
+/* ---- counters ------------------------------------------------------------------------------------- */
+
+/* X(name, meaning): counted by the NIC, one set a node and one an endpoint. */
+#define VMMC_NIC_COUNTERS(X)                                                        \
+  X(sends, "VMMC sends and socket writes that the NIC took up")                     \
+  X(bytes_sent, "bytes handed to links")                                            \
+  X(bytes_received, "bytes placed in this node's memory")                           \
+  X(bytes_redirected, "bytes placed straight at a posted address")                  \
+  X(bytes_default, "bytes placed in default buffers")                               \
+  X(notifications, "notifications delivered")                                       \
+  X(packets_sent, "packets handed to links, first transmissions")                   \
+  X(packets_received, "packets taken from links in order")                          \
+  X(packets_resent, "packets transmitted again")                                    \
+  X(packets_dropped, "packets dropped: duplicates, corrupt, stale or out of order") \
+  X(commands_rejected, "commands answered with an error")                           \
+  X(utlb_hits, "translations found in the NIC's cache")                             \
+  X(utlb_misses, "translations fetched from an endpoint's table")                   \
+  X(utlb_evictions, "translations pushed out of the NIC's cache")                   \
+  X(connections_opened, "connections established, either side")                     \
+  X(connections_refused, "connection requests refused by this node")                \
+  X(wakes, "sleeping programs woken")                                               \
+  X(sleeps, "times the NIC went to sleep")
+
+/* Counted by the library, one set an endpoint. */
+#define VMMC_APP_COUNTERS(X)                                                           \
+  X(bytes_copied, "bytes the receiving library copied out of default buffers")         \
+  X(fork_closed_sockets, "sockets that a fork left closed in the child")               \
+  X(exec_closed_sockets, "sockets that an exec closed")                                \
+  X(utlb_pins, "pages pinned")                                                         \
+  X(utlb_unpins, "pages unpinned to stay within the bound")                            \
+  X(redirections_posted, "redirections posted")                                        \
+  X(redirections_cancelled, "redirections cancelled before they were full")            \
+  X(app_sleeps, "times a thread of the program slept in a socket or VMMC call")
+
+#define VMMC_COUNTER_FIELD(name, meaning) _Atomic uint64_t name;
+struct vmmc_nic_counters {
+  VMMC_NIC_COUNTERS(VMMC_COUNTER_FIELD)
+};
+struct vmmc_app_counters {
+  VMMC_APP_COUNTERS(VMMC_COUNTER_FIELD)
+};
+
+/* ---- headers ------------------------------------------------------------------------------------- */
+
+/*
+ * Dirty bits, two levels: the app sets the slot's bit in `dirty`, then the word's bit in `summary`;
+ * the NIC exchanges a summary word for 0, then each dirty word for 0, then reads the slots.  All of
+ * it seq_cst: the app's store of a position comes before its look at the bit, the NIC's clearing of
+ * the bit before its look at the position.
+ */
+enum {
+  VMMC_DIRTY_WORDS = VMMC_SLOTS / 64,
+  VMMC_SUMMARY_WORDS = VMMC_DIRTY_WORDS / 64,
+};
+
+struct vmmc_group_app { /* writer: app */
+  _Atomic uint64_t wakers; /* bit w: a thread sleeps on event descriptor w for this group */
+  _Atomic uint32_t asleep; /* threads that sleep on nic_header.group_wake[g] */
+};
+
+struct vmmc_app_header {
+  uint32_t magic, version; /* writer: app, once */
+  int32_t pid;
+  char command[20]; /* for ps and logs: the program's name, not trusted */
+
+  /* the endpoint's doorbell.  Set by app, cleared by NIC (idempotent: a lost clear costs a look) */
+  _Alignas(VMMC_LINE) _Atomic uint64_t summary[VMMC_SUMMARY_WORDS];
+  /* commands.  Writer: app */
+  _Alignas(VMMC_LINE) _Atomic uint64_t command_tail; /* commands posted */
+  _Atomic uint32_t asleep_completion;                /* threads that sleep on nic_header.wake_completion */
+  /* events.  Writer: app */
+  _Alignas(VMMC_LINE) _Atomic uint64_t events_taken; /* entries of the event ring that are handled */
+  _Atomic uint64_t notifications_taken;
+  _Atomic uint32_t asleep_notification;
+  _Alignas(VMMC_LINE) struct vmmc_group_app group[VMMC_GROUPS];
+  _Alignas(VMMC_LINE) struct vmmc_app_counters counters;
+};
+
+struct vmmc_nic_header {
+  uint32_t magic, version; /* writer: NIC (the daemon makes the segment) */
+  uint32_t node, endpoint, serial;
+  _Atomic uint32_t ready; /* 1: the NIC serves this endpoint */
+
+  /* Event ring: slots whose readiness changed and whose `watch` was not 0.  A slot that stands in it
+   * untaken is not entered again.  Writer: NIC */
+  _Alignas(VMMC_LINE) _Atomic uint64_t events; /* entries written */
+  _Alignas(VMMC_LINE) _Atomic uint64_t commands_taken;
+  _Atomic uint32_t wake_completion;
+  _Alignas(VMMC_LINE) _Atomic uint64_t notifications; /* written */
+  _Atomic uint32_t wake_notification;
+  _Alignas(VMMC_LINE) _Atomic uint32_t group_wake[VMMC_GROUPS];
+  _Alignas(VMMC_LINE) struct vmmc_nic_counters counters;
+};
+
+/* ---- the node's own segments ----------------------------------------------------------------------- */
+
+struct vmmc_pub { /* writer: NIC */
+  uint32_t magic, version;
+  uint32_t node, nodes;
+  _Atomic uint32_t incarnation; /* raised by each NIC process that takes the node over */
+  _Atomic int32_t nic_pid;
+  /* 1 while the NIC sleeps or is about to: whoever gives it work then wakes this word (futex).
+   * Readers order their own store before the load of it with a seq_cst fence. */
+  _Alignas(VMMC_LINE) _Atomic uint32_t asleep;
+  _Alignas(VMMC_LINE) struct vmmc_nic_counters counters; /* all of the node, endpoints gone included */
+  _Alignas(VMMC_LINE) struct vmmc_app_counters retired;  /* of endpoints that are gone */
+  /* serial of the endpoint at each index, 0: none: for observers */
+  _Alignas(VMMC_LINE) _Atomic uint32_t endpoint[VMMC_ENDPOINTS_MAX];
+};
+
+/* Written by all NICs: bit i set: look at the link with node i. */
+struct vmmc_door {
+  _Alignas(VMMC_LINE) _Atomic uint64_t summary;
+  _Alignas(VMMC_LINE) _Atomic uint64_t link[VMMC_NODES_MAX / 64];
+};
+
+/* ---- where things lie in a segment ------------------------------------------------------------------ */
+
+#define VMMC_APP_DIRTY 16384ull
+#define VMMC_APP_COMMANDS (VMMC_APP_DIRTY + VMMC_DIRTY_WORDS * 8)
+#define VMMC_APP_EXPORTS (VMMC_APP_COMMANDS + VMMC_COMMANDS * sizeof(struct vmmc_command))
+#define VMMC_APP_UTLB (1ull << 20) /* VMMC_HEAP_PAGES bytes, one a page */
+#define VMMC_APP_SLOTS (8ull << 20)
+#define VMMC_APP_HEAP (1ull << 30)
+#define VMMC_APP_RINGS (2ull << 30) /* transmit ring of slot i at + i * VMMC_RING */
+#define VMMC_APP_BYTES (VMMC_APP_RINGS + (uint64_t)VMMC_SLOTS * VMMC_RING)
+
+#define VMMC_NIC_COMPLETIONS 16384ull
+#define VMMC_NIC_EXPORTS (VMMC_NIC_COMPLETIONS + VMMC_COMMANDS * sizeof(struct vmmc_completion))
+#define VMMC_NIC_NOTIFICATIONS (VMMC_NIC_EXPORTS + VMMC_EXPORTS * sizeof(struct vmmc_nic_export))
+#define VMMC_NIC_EVENTS (1ull << 20) /* VMMC_EVENTS uint32_t, the slot each */
+#define VMMC_NIC_SLOTS (8ull << 20)
+#define VMMC_NIC_RINGS (2ull << 30) /* default buffer of slot i at + i * VMMC_RING */
+#define VMMC_NIC_BYTES (VMMC_NIC_RINGS + (uint64_t)VMMC_SLOTS * VMMC_RING)
+
+_Static_assert(sizeof(struct vmmc_app_slot) == 4 * VMMC_LINE, "four lines: request, transmit, receive, redirection");
+_Static_assert(sizeof(struct vmmc_nic_slot) == 4 * VMMC_LINE, "four lines: answers, transmit, receive, redirection");
+_Static_assert(sizeof(struct vmmc_app_header) <= VMMC_APP_DIRTY, "the header fits before the dirty words");
+_Static_assert(VMMC_APP_EXPORTS + VMMC_EXPORTS * sizeof(struct vmmc_app_export) <= VMMC_APP_UTLB, "no overlap");
+_Static_assert(VMMC_APP_UTLB + VMMC_HEAP_PAGES <= VMMC_APP_SLOTS, "no overlap");
+_Static_assert(VMMC_APP_SLOTS + VMMC_SLOTS * sizeof(struct vmmc_app_slot) <= VMMC_APP_HEAP, "no overlap");
+_Static_assert(sizeof(struct vmmc_nic_header) <= VMMC_NIC_COMPLETIONS, "no overlap");
+_Static_assert(VMMC_NIC_NOTIFICATIONS + VMMC_NOTIFICATIONS * sizeof(struct vmmc_notification) <= VMMC_NIC_EVENTS, "no overlap");
+_Static_assert(VMMC_NIC_SLOTS + VMMC_SLOTS * sizeof(struct vmmc_nic_slot) <= VMMC_NIC_RINGS, "no overlap");
+
+#endif

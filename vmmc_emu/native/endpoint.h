@@ -1,0 +1,74 @@
+/* endpoint.h: this process's attachment to a node: its segments, doorbell and wakers. */
+#ifndef VMMC_ENDPOINT_H
+#define VMMC_ENDPOINT_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "vmmc_layout.h"
+
+struct endpoint {
+  char *app;                 /* segment that this process writes (VMMC_APP_BYTES) */
+  const char *nic;           /* segment that the NIC writes, mapped read-only */
+  const struct vmmc_pub *pub;
+  uint32_t node, nodes;      /* own index, and how many nodes the cluster has */
+  uint32_t index, serial;    /* which endpoint of the node */
+  int32_t pid;               /* the process that attached */
+  int attach_fd;             /* the daemon's view of our life; close-on-exec, numbered high */
+  void *vmmc;                /* private to the VMMC API (vmmc.c) */
+};
+
+/* Attaches this process to the node whose daemon listens at `socket_path`.  0 or -errno. */
+int endpoint_attach(const char *socket_path, struct endpoint **out);
+
+/* Unmaps and closes; the daemon sees the socket close, the NIC then delivers and frees. */
+void endpoint_detach(struct endpoint *endpoint);
+
+/* The endpoint that this process's sockets use: attached on first use to the node named by the
+ * environment (VMMC_SOCKET, the daemon's socket path).  NULL with errno set: ENOTCONN when
+ * the environment names no node.  Thread-safe.  After a fork the child has none until it asks. */
+struct endpoint *endpoint_default(void);
+
+/* The same, without attaching: NULL when there is none (yet, or in this child of a fork). */
+struct endpoint *endpoint_current(void);
+
+/* True when this process is one that endpoint_default() belongs to; false in a child of fork, also
+ * of one that ran no handlers (a WIPEONFORK byte tells).  One load. */
+bool endpoint_is_ours(void);
+
+/* Called in the child of a fork (by the fork handler that endpoint.c registers) before anything
+ * else: forgets the endpoint.  `hook` runs after that; one hook, set by the socket layer. */
+void endpoint_on_fork(void (*hook)(void));
+
+/* Descriptors that the library holds for itself (attach socket, event descriptors): moved to a high
+ * number, close-on-exec, and recorded, so that a program's close() does not hit them. */
+int endpoint_private_descriptor(int fd); /* takes fd, returns the high one or -errno */
+bool endpoint_descriptor_is_private(int fd);
+
+/* Gives the NIC an event descriptor as waker `number` (0 .. VMMC_WAKERS - 1).  0 or -errno. */
+int endpoint_give_waker(struct endpoint *endpoint, uint32_t number, int eventfd);
+
+/* ---- parts of the segments ---- */
+static inline struct vmmc_app_header *app_header(const struct endpoint *e) { return (void *)e->app; }
+static inline const struct vmmc_nic_header *nic_header(const struct endpoint *e) { return (const void *)e->nic; }
+static inline struct vmmc_app_slot *app_slot(const struct endpoint *e, uint32_t slot) {
+  return (struct vmmc_app_slot *)(e->app + VMMC_APP_SLOTS) + slot;
+}
+static inline const struct vmmc_nic_slot *nic_slot(const struct endpoint *e, uint32_t slot) {
+  return (const struct vmmc_nic_slot *)(e->nic + VMMC_NIC_SLOTS) + slot;
+}
+static inline char *transmit_ring(const struct endpoint *e, uint32_t slot) {
+  return e->app + VMMC_APP_RINGS + (uint64_t)slot * VMMC_RING;
+}
+static inline const char *default_buffer(const struct endpoint *e, uint32_t slot) {
+  return e->nic + VMMC_NIC_RINGS + (uint64_t)slot * VMMC_RING;
+}
+
+/* Tells the NIC to look at `slot` (dirty bits), or at the command queue; wakes it when it sleeps.
+ * Every store that the NIC is to see must come before. */
+void endpoint_ring_slot(struct endpoint *endpoint, uint32_t slot);
+void endpoint_ring_commands(struct endpoint *endpoint);
+
+#endif

@@ -1,0 +1,101 @@
+/*
+ * socket.h: stream sockets on VMMC, without descriptors: what the preload library puts under the
+ * calls of the BSD socket interface.
+ *
+ * Every function that can fail returns -errno as Linux TCP would, never touches errno, raises no
+ * signal.  All are thread-safe: a send in one thread, a receive in a second and a close in a third
+ * are what users do.  Only connection set-up, bind and listen ask the NIC and wait for its answer.
+ *
+ *   connection.c   slots, bind, listen, accept, connect, close
+ *   stream.c       send, receive, shutdown, redirection of receives into the heap, readiness
+ *   options.c      getsockopt, setsockopt, names, FIONREAD and its like
+ */
+#ifndef VMMC_SOCKET_H
+#define VMMC_SOCKET_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "endpoint.h"
+#include "wait.h"
+
+enum socket_phase { SOCKET_NEW, SOCKET_BOUND, SOCKET_LISTENING, SOCKET_CONNECTING, SOCKET_CONNECTED };
+
+struct vsocket {
+  _Atomic uint32_t references;
+  int family;               /* AF_INET or AF_INET6 */
+  struct endpoint *endpoint;
+  uint32_t slot, generation; /* generation 0: no slot yet */
+  _Atomic uint32_t phase;   /* enum socket_phase */
+  pthread_mutex_t send_lock, receive_lock, control_lock; /* never held while asleep */
+  /* options, in the units of the socket interface */
+  uint64_t receive_timeout_ns, send_timeout_ns; /* 0: none */
+  uint32_t receive_buffer, send_buffer;         /* bytes, 0: default */
+  int32_t linger_s;                             /* -1: off */
+  uint32_t bind_flags;                          /* VMMC_BIND_* */
+  uint32_t flags;                               /* nodelay, keepalive … kept and given back */
+  _Atomic int32_t error;                        /* SO_ERROR not yet taken, as errno */
+  _Atomic uint32_t error_taken;                 /* the NIC's error was given out once */
+  _Atomic uint64_t watch;                       /* wake groups, as stored in the slot */
+  void *readiness;                              /* private to the readiness layer (epoll items) */
+  /* implementers add fields here, each with a line saying what it is for */
+};
+
+/* socket(): no slot is taken and nothing is attached until it is needed. NULL: ENOMEM. */
+struct vsocket *socket_new(int family);
+void socket_hold(struct vsocket *s);
+void socket_release(struct vsocket *s); /* the last reference closes it: see socket_close */
+
+/* The last descriptor is gone: the NIC delivers what is written, then ends the connection; threads
+ * blocked in calls on it go on as Linux lets them.  Waits only for SO_LINGER. 0 or -errno. */
+int socket_close(struct vsocket *s);
+
+int socket_bind(struct vsocket *s, const struct sockaddr *address, socklen_t length);
+int socket_listen(struct vsocket *s, int backlog);
+int socket_accept(struct vsocket *s, bool nonblocking, struct vsocket **out);
+int socket_connect(struct vsocket *s, const struct sockaddr *address, socklen_t length, bool nonblocking);
+int socket_shutdown(struct vsocket *s, int how);
+
+/* Bytes moved, 0 at end of file (receive), or -errno; -EPIPE without the signal.  Flags: MSG_*.
+ * MSG_DONTWAIT is the caller's to pass for a non-blocking descriptor. */
+ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, int flags);
+ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count, int flags);
+
+int socket_name(struct vsocket *s, bool peer, struct sockaddr *address, socklen_t *length);
+int socket_getsockopt(struct vsocket *s, int level, int name, void *value, socklen_t *length);
+int socket_setsockopt(struct vsocket *s, int level, int name, const void *value, socklen_t length);
+int socket_ioctl(struct vsocket *s, unsigned long request, void *argument); /* -ENOTTY: not ours */
+
+/* What is ready now, as EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLHUP | EPOLLERR. */
+uint32_t socket_ready(struct vsocket *s);
+
+/* Edge positions for edge-triggered epoll: change whenever a new EPOLLIN or EPOLLOUT edge came. */
+struct socket_edges { uint64_t in, out; };
+struct socket_edges socket_edges(struct vsocket *s);
+
+/* Sets the wake groups that want this socket's events (app_slot.watch), seq_cst; a socket without a
+ * slot yet remembers them. */
+void socket_set_watch(struct vsocket *s, uint64_t groups);
+
+/* The two words that a thread can sleep on for this socket (see wait.h). False: it has no slot yet. */
+bool socket_wait_words(struct vsocket *s, struct wait_word *receive, struct wait_word *send);
+
+/* The socket that holds `slot` of endpoint e now (for the event ring), with a reference; or NULL. */
+struct vsocket *socket_of_slot(struct endpoint *e, uint32_t slot);
+
+/* ---- addresses of the cluster ---- */
+
+/* Where a connection to this address goes.  Loopback and the node's own addresses are the node. */
+enum socket_route { ROUTE_KERNEL, ROUTE_NODE, ROUTE_UNREACHABLE };
+enum socket_route socket_route_of(const struct sockaddr *address, socklen_t length, uint32_t *node);
+/* True for addresses a socket may be bound to on this node: wildcards, loopback, the node's own. */
+bool socket_address_is_local(const struct sockaddr *address, socklen_t length);
+/* The environment: this node's index and the number of nodes, without attaching. False: not on one. */
+bool socket_place(uint32_t *node, uint32_t *nodes);
+/* True when VMMC_KERNEL_PORTS lists this port. */
+bool socket_port_is_kernels(uint16_t port);
+
+#endif
