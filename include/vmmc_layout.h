@@ -207,7 +207,8 @@ enum vmmc_op {
   VMMC_OP_NOP,
   VMMC_OP_EXPORT,   /* export_id, offset, length, permissions, node (or VMMC_ANY_NODE), name */
   VMMC_OP_UNEXPORT, /* export_id */
-  VMMC_OP_IMPORT,   /* node, name (or export_id when name is empty): answer import id and length */
+  VMMC_OP_IMPORT,   /* node, name; or, when name is empty, export_id as VMMC_EXPORT_NUMBER makes it, since
+                       ids repeat among a node's endpoints: answer import id, length, permissions */
   VMMC_OP_UNIMPORT, /* import_id */
   VMMC_OP_SEND,     /* import_id, offset (own heap), length, remote_offset, flags */
   VMMC_OP_FETCH,    /* the same the other way: remote memory to own heap, needs read permission */
@@ -219,6 +220,7 @@ enum { /* vmmc_command.permissions */
 };
 enum { VMMC_SEND_NOTIFY = 1 }; /* vmmc_command.flags */
 #define VMMC_ANY_NODE 0xffffffffu
+#define VMMC_EXPORT_NUMBER(endpoint, id) ((endpoint) * VMMC_EXPORTS + (id)) /* an export of a node */
 
 /* One command, at index % VMMC_COMMANDS.  Writer: app. */
 struct vmmc_command {
@@ -234,6 +236,9 @@ struct vmmc_command {
   uint32_t permissions;
   uint32_t tag; /* SEND with NOTIFY: handed to the receiver */
   char name[VMMC_NAME_MAX];
+  /* SEND with NOTIFY: this is the last piece of a transfer of so many bytes, which the library cut to
+   * stay within its bound of pinned memory: the notification speaks of all of it.  0: of this send */
+  uint64_t notify_length;
 };
 
 /* The answer to the command of that index, at index % VMMC_COMMANDS.  Writer: NIC. */
@@ -376,7 +381,8 @@ struct vmmc_nic_header {
   _Alignas(VMMC_LINE) _Atomic uint64_t commands_taken;
   _Atomic uint32_t wake_completion;
   _Alignas(VMMC_LINE) _Atomic uint64_t notifications; /* written */
-  _Atomic uint32_t wake_notification;
+  _Atomic uint32_t wake_notification; /* changed, when asleep_notification is set, for a notification and
+                                         whenever bytes arrived in an export (redirections wait for it) */
   _Alignas(VMMC_LINE) _Atomic uint32_t group_wake[VMMC_GROUPS];
   _Alignas(VMMC_LINE) struct vmmc_nic_counters counters;
 };
