@@ -7,7 +7,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "internal.h"
 #include "vmmc_layout.h"
+
+VMMC_INTERNAL_BEGIN
 
 struct endpoint {
   char *app;                 /* segment that this process writes (VMMC_APP_BYTES) */
@@ -70,5 +73,7 @@ static inline const char *default_buffer(const struct endpoint *e, uint32_t slot
  * Every store that the NIC is to see must come before. */
 void endpoint_ring_slot(struct endpoint *endpoint, uint32_t slot);
 void endpoint_ring_commands(struct endpoint *endpoint);
+
+VMMC_INTERNAL_END
 
 #endif

@@ -20,7 +20,10 @@
 #include <sys/uio.h>
 
 #include "endpoint.h"
+#include "internal.h"
 #include "wait.h"
+
+VMMC_INTERNAL_BEGIN
 
 enum socket_phase { SOCKET_NEW, SOCKET_BOUND, SOCKET_LISTENING, SOCKET_CONNECTING, SOCKET_CONNECTED };
 
@@ -97,5 +100,7 @@ bool socket_address_is_local(const struct sockaddr *address, socklen_t length);
 bool socket_place(uint32_t *node, uint32_t *nodes);
 /* True when VMMC_KERNEL_PORTS lists this port. */
 bool socket_port_is_kernels(uint16_t port);
+
+VMMC_INTERNAL_END
 
 #endif

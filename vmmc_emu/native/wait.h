@@ -7,7 +7,10 @@
 #include <stdint.h>
 
 #include "vmmc_idle.h"
+#include "internal.h"
 #include "vmmc_layout.h"
+
+VMMC_INTERNAL_BEGIN
 
 /*
  * Signals.  A handler that runs while a thread polls at user level would not be noticed by it.  The
@@ -46,5 +49,7 @@ int wait_until(const struct wait_word *words, int count, bool (*ready)(void *con
 struct wait_signals { uint32_t signals, no_restart; };
 struct wait_signals wait_signals_now(void);
 bool wait_interrupted(struct wait_signals since, bool timed_call);
+
+VMMC_INTERNAL_END
 
 #endif
