@@ -1,0 +1,212 @@
+"""Who runs in a cluster: records in the runtime directory, processes found by them, and how they end.
+
+Every process of a cluster has a file in <runtime>/processes, made by whoever started it.  It says the
+process id *and* when that process started, so a number that the kernel gave to somebody else since is
+never taken for ours; signals go through a pidfd for the same reason.  What programs start themselves
+is found by the environment that it inherits (VMMC_SOCKET) and by its parents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from vmmc_emu.paths import ClusterPaths
+
+SUPERVISOR, DAEMON, NIC, PROGRAM = "supervisor", "daemon", "nic", "program"
+GRACE_S = 2.0  # between asking processes to end and forcing them
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a cluster."""
+
+    pid: int
+    start: int  # clock ticks between the machine's start and the process's: tells users of one pid apart
+    kind: str
+    node: int | None = None
+    command: str = ""
+
+    def is_alive(self) -> bool:
+        """True while this very process runs (a zombie does not)."""
+        return start_of(self.pid) == self.start
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """Fields 3 onward of /proc/<pid>/stat (field 2, the name, may hold anything)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def start_of(pid: int) -> int | None:
+    """When process `pid` started, in clock ticks since boot; None: there is none, or a zombie."""
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in b"ZX" else int(fields[19])
+
+
+def boot_id() -> str:
+    """Tells one run of the machine from another: a runtime directory may outlive it."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def open_pidfd(process: Process) -> int | None:
+    """A descriptor of exactly this process, or None: it is gone."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (ProcessLookupError, OSError):
+        return None
+    if process.is_alive():  # looked at after opening: the number cannot have changed hands since
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+# ---- records ----
+
+
+def _record_name(kind: str, node: int | None, pid: int) -> str:
+    if kind == PROGRAM:
+        return f"{kind}-{pid}"
+    return kind if node is None else f"{kind}-{node}"
+
+
+def record(paths: ClusterPaths, pid: int, kind: str, node: int | None = None, command: str = "") -> Process | None:
+    """Writes down that `pid` belongs to the cluster.  None: it is gone already."""
+    start = start_of(pid)
+    if start is None:
+        return None
+    process = Process(pid, start, kind, node, command)
+    path = paths.processes / _record_name(kind, node, pid)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(asdict(process)), encoding="utf-8")
+    draft.rename(path)  # readers see a whole record or none
+    return process
+
+
+def forget(paths: ClusterPaths, kind: str, node: int | None, pid: int) -> None:
+    """Removes a record; it may be gone."""
+    (paths.processes / _record_name(kind, node, pid)).unlink(missing_ok=True)
+
+
+def recorded(paths: ClusterPaths, *kinds: str) -> list[Process]:
+    """The recorded processes that still run, of these kinds (all when none is named)."""
+    try:
+        names = os.listdir(paths.processes)
+    except FileNotFoundError:
+        return []
+    found = []
+    for name in names:
+        kind = name.partition("-")[0]
+        if name.startswith(".") or (kinds and kind not in kinds):
+            continue
+        try:
+            process = Process(**json.loads((paths.processes / name).read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            continue  # removed meanwhile, or no record of ours
+        if process.is_alive():
+            found.append(process)
+        elif kind == PROGRAM:
+            # its starter was killed before it could tidy up
+            (paths.processes / name).unlink(missing_ok=True)
+    return sorted(found, key=lambda process: (process.node or 0, process.pid))
+
+
+def programs(paths: ClusterPaths) -> list[Process]:
+    """Every program that runs on a node: started by us, inherited from such a one, or attached."""
+    known = {process.pid: process for process in recorded(paths)}
+    found = {pid: process for pid, process in known.items() if process.kind == PROGRAM}
+    marker = b"\0VMMC_SOCKET=" + os.fsencode(paths.runtime) + b"/node"
+    children: dict[int, list[int]] = {}
+    starts: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        pid = int(entry)
+        fields = _stat(pid)
+        if fields is None or fields[0] in b"ZX":
+            continue
+        starts[pid] = int(fields[19])
+        children.setdefault(int(fields[1]), []).append(pid)
+        if pid in known:
+            continue
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                environment = b"\0" + file.read()
+        except OSError:
+            continue  # another user's, or gone
+        node, dot, _ = environment.partition(marker)[2].partition(b".sock")
+        if dot and node.isdigit():
+            found[pid] = Process(pid, starts[pid], PROGRAM, int(node), command_of(pid))
+    # Programs may overwrite their environment (redis and nginx do, to set titles): follow parents too.
+    waiting = list(found.values())
+    while waiting:
+        parent = waiting.pop()
+        for pid in children.get(parent.pid, ()):
+            if pid not in found and pid not in known:
+                found[pid] = Process(pid, starts[pid], PROGRAM, parent.node, command_of(pid))
+                waiting.append(found[pid])
+    found.pop(os.getpid(), None)  # `vmmc-emu ps` typed in a shell on a node
+    return sorted(found.values(), key=lambda process: (process.node or 0, process.pid))
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process as one line, or its name in brackets when it has none."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().rstrip(b"\0").split(b"\0")
+        if any(words):
+            return " ".join(os.fsdecode(word) for word in words)
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return f"[{os.fsdecode(file.read().strip())}]"
+    except OSError:
+        return ""
+
+
+# ---- ending ----
+
+
+def end(processes: Iterable[Process], grace_s: float = GRACE_S) -> list[Process]:
+    """Asks processes to end (SIGTERM), waits, forces what is left (SIGKILL), waits.  Returns what was forced."""
+    waiting: dict[int, Process] = {}
+    for process in processes:
+        if process.pid != os.getpid() and (descriptor := open_pidfd(process)) is not None:
+            waiting[descriptor] = process
+    poll = select.poll()
+    for descriptor in waiting:
+        poll.register(descriptor, select.POLLIN)
+        _send(descriptor, signal.SIGTERM)
+        _send(descriptor, signal.SIGCONT)  # one that is stopped could not hear it
+    _wait_for_exits(poll, waiting, grace_s)
+    forced = list(waiting.values())
+    for descriptor in waiting:
+        _send(descriptor, signal.SIGKILL)
+    _wait_for_exits(poll, waiting, 10.0)
+    for descriptor in waiting:  # in uninterruptible sleep, perhaps: nothing more can be done from here
+        os.close(descriptor)
+    return forced
+
+
+def _send(descriptor: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        signal.pidfd_send_signal(descriptor, number)
+
+
+def _wait_for_exits(poll: select.poll, waiting: dict[int, Process], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for descriptor, _ in poll.poll(left * 1000):
+            poll.unregister(descriptor)
+            process = waiting.pop(descriptor)
+            os.close(descriptor)
+            with contextlib.suppress(ChildProcessError):  # not our child: somebody else reaps it
+                os.waitpid(process.pid, os.WNOHANG)
