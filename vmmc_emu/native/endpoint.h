@@ -21,6 +21,7 @@ struct endpoint {
   int32_t pid;               /* the process that attached */
   int attach_fd;             /* the daemon's view of our life; close-on-exec, numbered high */
   void *vmmc;                /* private to the VMMC API (vmmc.c) */
+  void *sockets;             /* private to the socket layer (connection.c) */
 };
 
 /* Attaches this process to the node whose daemon listens at `socket_path`.  0 or -errno. */
@@ -49,6 +50,7 @@ void endpoint_on_fork(void (*hook)(void));
  * number, close-on-exec, and recorded, so that a program's close() does not hit them. */
 int endpoint_private_descriptor(int fd); /* takes fd, returns the high one or -errno */
 bool endpoint_descriptor_is_private(int fd);
+void endpoint_private_close(int fd); /* closes one of them and forgets it */
 
 /* Gives the NIC an event descriptor as waker `number` (0 .. VMMC_WAKERS - 1).  0 or -errno. */
 int endpoint_give_waker(struct endpoint *endpoint, uint32_t number, int eventfd);
@@ -73,6 +75,11 @@ static inline const char *default_buffer(const struct endpoint *e, uint32_t slot
  * Every store that the NIC is to see must come before. */
 void endpoint_ring_slot(struct endpoint *endpoint, uint32_t slot);
 void endpoint_ring_commands(struct endpoint *endpoint);
+
+/* Allocates the pages under [start, start + length) of a segment, so that no later store (or, for a
+ * segment mapped read-only, load) there meets a full /dev/shm as SIGBUS.  0, or -ENOBUFS when the
+ * memory is not there. */
+int endpoint_commit(const void *start, uint64_t length, bool writable);
 
 VMMC_INTERNAL_END
 

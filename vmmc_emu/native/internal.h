@@ -21,9 +21,11 @@
 #define endpoint_on_fork vmmc_i_endpoint_on_fork
 #define endpoint_private_descriptor vmmc_i_endpoint_private_descriptor
 #define endpoint_descriptor_is_private vmmc_i_endpoint_descriptor_is_private
+#define endpoint_private_close vmmc_i_endpoint_private_close
 #define endpoint_give_waker vmmc_i_endpoint_give_waker
 #define endpoint_ring_slot vmmc_i_endpoint_ring_slot
 #define endpoint_ring_commands vmmc_i_endpoint_ring_commands
+#define endpoint_commit vmmc_i_endpoint_commit
 
 #define wait_self vmmc_i_wait_self
 #define wait_until vmmc_i_wait_until

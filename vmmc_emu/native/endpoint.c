@@ -1,0 +1,387 @@
+/*
+ * endpoint.c: attaching a process to its node, and telling the NIC where to look.
+ *
+ * A process attaches once, on its first stream socket, and stays attached until it ends: the daemon
+ * holds the other end of a socket that the kernel closes for us at exit and at exec.  The segments are
+ * not inherited across fork; a page that the kernel wipes in a child tells one that has none.
+ */
+#include "endpoint.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/un.h>
+
+#include "sys.h"
+#include "vmmc_attach.h"
+#include "vmmc_idle.h"
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+
+enum {
+  PRIVATE_MAX = VMMC_WAKERS + 16, /* descriptors held: the attach sockets and the wakers */
+  PRIVATE_BELOW = 8192,           /* never numbered higher: the kernel's table grows with the number */
+  PRIVATE_SPAN = 256,             /* they are put into this many numbers below the limit */
+};
+
+static _Atomic(struct endpoint *) current;
+static pthread_mutex_t attach_lock = PTHREAD_MUTEX_INITIALIZER;
+static void (*fork_hook)(void);
+
+/* 1 in the process that attached; the kernel zeroes it in a child (MADV_WIPEONFORK). */
+static unsigned char unattached;
+static volatile unsigned char *mark = &unattached;
+
+/* Numbers of private descriptors, plus one; 0: an empty place. */
+static _Atomic int private_descriptor[PRIVATE_MAX];
+static _Atomic int private_lowest = INT32_MAX; /* so that close() of an ordinary number costs one look */
+
+/* ---- private descriptors --------------------------------------------------------------------- */
+
+static void lower_private_lowest(int fd) {
+  int lowest = atomic_load_explicit(&private_lowest, memory_order_relaxed);
+  while (fd < lowest && !atomic_compare_exchange_weak(&private_lowest, &lowest, fd)) {
+  }
+}
+
+int endpoint_private_descriptor(int fd) {
+  struct rlimit limit;
+  int top = PRIVATE_BELOW;
+  if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < (rlim_t)top) top = (int)limit.rlim_cur;
+  int high = sys_fcntl(fd, F_DUPFD_CLOEXEC, top > PRIVATE_SPAN ? top - PRIVATE_SPAN : top / 2);
+  if (high < 0) { /* the numbers up there are taken: any number is better than none */
+    high = sys_fcntl(fd, F_DUPFD_CLOEXEC, 3);
+  }
+  sys_close(fd);
+  if (high < 0) return high;
+  for (int i = 0; i < PRIVATE_MAX; i++) {
+    int none = 0;
+    if (!atomic_compare_exchange_strong(&private_descriptor[i], &none, high + 1)) continue;
+    lower_private_lowest(high);
+    return high;
+  }
+  sys_close(high);
+  return -EMFILE;
+}
+
+static _Atomic int *private_place(int fd) {
+  if (fd < atomic_load_explicit(&private_lowest, memory_order_relaxed)) return NULL;
+  for (int i = 0; i < PRIVATE_MAX; i++)
+    if (atomic_load_explicit(&private_descriptor[i], memory_order_relaxed) == fd + 1) return &private_descriptor[i];
+  return NULL;
+}
+
+bool endpoint_descriptor_is_private(int fd) { return private_place(fd) != NULL; }
+
+void endpoint_private_close(int fd) {
+  _Atomic int *place = private_place(fd);
+  if (!place) return;
+  /* Forgotten first: once the kernel has closed it, the number may be the program's. */
+  atomic_store(place, 0);
+  sys_close(fd);
+}
+
+/* ---- committed memory ------------------------------------------------------------------------ */
+
+int endpoint_commit(const void *start, uint64_t length, bool writable) {
+  uintptr_t from = (uintptr_t)start & ~(uintptr_t)(VMMC_PAGE - 1);
+  uintptr_t to = ((uintptr_t)start + length + VMMC_PAGE - 1) & ~(uintptr_t)(VMMC_PAGE - 1);
+  int saved = errno, result = 0;
+  while (madvise((void *)from, to - from, writable ? MADV_POPULATE_WRITE : MADV_POPULATE_READ) < 0) {
+    if (errno == EINTR || errno == EAGAIN) continue;
+    if (errno == EINVAL) { /* before Linux 5.14: touch, without changing what others store there */
+      for (uintptr_t page = from; page < to; page += VMMC_PAGE) {
+        if (writable)
+          atomic_fetch_or_explicit((_Atomic unsigned char *)page, 0, memory_order_relaxed);
+        else
+          (void)*(volatile const unsigned char *)page;
+      }
+    } else { /* EFAULT: the store would have been a SIGBUS, so /dev/shm is full; ENOMEM alike */
+      result = -ENOBUFS;
+    }
+    break;
+  }
+  errno = saved;
+  return result;
+}
+
+/* ---- attach ----------------------------------------------------------------------------------- */
+
+static int talk_to_daemon(const char *path) {
+  struct sockaddr_un address = { .sun_family = AF_UNIX };
+  if (strlen(path) >= sizeof address.sun_path) return -ENAMETOOLONG;
+  strcpy(address.sun_path, path);
+  int fd = sys_socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+  if (fd < 0) return fd;
+  int error = sys_connect(fd, (struct sockaddr *)&address, sizeof address);
+  if (error < 0) {
+    sys_close(fd);
+    return error;
+  }
+  return fd;
+}
+
+static int say(int fd, uint32_t kind, uint32_t waker, int descriptor) {
+  struct vmmc_attach_request request = { VMMC_MAGIC, VMMC_LAYOUT_VERSION, kind, waker };
+  struct iovec vector = { &request, sizeof request };
+  union {
+    char bytes[CMSG_SPACE(sizeof(int))];
+    struct cmsghdr align;
+  } ancillary = { { 0 } };
+  struct msghdr message = { .msg_iov = &vector, .msg_iovlen = 1 };
+  if (descriptor >= 0) {
+    message.msg_control = ancillary.bytes;
+    message.msg_controllen = sizeof ancillary.bytes;
+    struct cmsghdr *c = CMSG_FIRSTHDR(&message);
+    c->cmsg_level = SOL_SOCKET;
+    c->cmsg_type = SCM_RIGHTS;
+    c->cmsg_len = CMSG_LEN(sizeof(int));
+    memcpy(CMSG_DATA(c), &descriptor, sizeof descriptor);
+  }
+  ssize_t n;
+  do n = sys_sendmsg(fd, &message, MSG_NOSIGNAL);
+  while (n == -EINTR);
+  return n < 0 ? (int)n : 0;
+}
+
+/* Takes the daemon's answer, and its three descriptors.  0 or -errno with none held. */
+static int hear(int fd, struct vmmc_attach_reply *reply, int descriptor[3]) {
+  struct iovec vector = { reply, sizeof *reply };
+  union {
+    char bytes[CMSG_SPACE(3 * sizeof(int))];
+    struct cmsghdr align;
+  } ancillary;
+  struct msghdr message = { .msg_iov = &vector, .msg_iovlen = 1, .msg_control = ancillary.bytes,
+                            .msg_controllen = sizeof ancillary.bytes };
+  ssize_t n;
+  do n = sys_recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
+  while (n == -EINTR);
+  if (n < 0) return (int)n;
+  int count = 0;
+  struct cmsghdr *c = CMSG_FIRSTHDR(&message);
+  if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS) {
+    count = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+    memcpy(descriptor, CMSG_DATA(c), (size_t)count * sizeof(int));
+  }
+  int error = 0;
+  if (n == 0)
+    error = -ECONNREFUSED; /* the daemon hung up */
+  else if (n != sizeof *reply || reply->magic != VMMC_MAGIC)
+    error = -EPROTO; /* another version of vmmc-emu */
+  else if (reply->error)
+    error = -reply->error;
+  else if (count != 3)
+    error = -EMFILE; /* the kernel drops descriptors that do not fit under the limit */
+  if (error)
+    for (int i = 0; i < count; i++) sys_close(descriptor[i]);
+  return error;
+}
+
+static void *map(int fd, uint64_t bytes, int protection) {
+  void *base = mmap(NULL, bytes, protection, MAP_SHARED | MAP_NORESERVE, fd, 0);
+  if (base == MAP_FAILED) return NULL;
+  /* A child of fork must not write as if it were its parent; a core file must not hold gigabytes. */
+  madvise(base, bytes, MADV_DONTFORK);
+  madvise(base, bytes, MADV_DONTDUMP);
+  return base;
+}
+
+static void unmap(struct endpoint *e) {
+  if (e->app) munmap(e->app, VMMC_APP_BYTES);
+  if (e->nic) munmap((void *)e->nic, VMMC_NIC_BYTES);
+  if (e->pub) munmap((void *)e->pub, sizeof *e->pub);
+}
+
+/* 0 or -errno; the descriptors are closed either way. */
+static int map_segments(struct endpoint *e, const int descriptor[3]) {
+  int error = 0;
+  e->app = map(descriptor[0], VMMC_APP_BYTES, PROT_READ | PROT_WRITE);
+  if (e->app) e->nic = map(descriptor[1], VMMC_NIC_BYTES, PROT_READ);
+  if (e->nic) e->pub = map(descriptor[2], sizeof *e->pub, PROT_READ);
+  if (!e->pub) error = -errno;
+  for (int i = 0; i < 3; i++) sys_close(descriptor[i]);
+  if (!error) error = endpoint_commit(e->app, VMMC_APP_COMMANDS, true);
+  if (!error) error = endpoint_commit(e->nic, sizeof(struct vmmc_nic_header), false);
+  if (error) unmap(e);
+  return error;
+}
+
+static void introduce(struct endpoint *e) {
+  struct vmmc_app_header *header = app_header(e);
+  header->pid = e->pid;
+  strncpy(header->command, program_invocation_short_name, sizeof header->command - 1);
+  header->version = VMMC_LAYOUT_VERSION;
+  header->magic = VMMC_MAGIC;
+}
+
+int endpoint_attach(const char *socket_path, struct endpoint **out) {
+  struct endpoint *e = calloc(1, sizeof *e);
+  if (!e) return -ENOMEM;
+  int saved = errno;
+  struct vmmc_attach_reply reply;
+  int descriptor[3];
+  int fd = talk_to_daemon(socket_path);
+  int error = fd < 0 ? fd : say(fd, VMMC_ATTACH, 0, -1);
+  if (!error) error = hear(fd, &reply, descriptor);
+  if (!error) error = map_segments(e, descriptor);
+  if (!error) {
+    e->node = reply.node;
+    e->nodes = reply.nodes;
+    e->index = reply.endpoint;
+    e->serial = reply.serial;
+    e->pid = sys_getpid();
+    introduce(e);
+    e->attach_fd = endpoint_private_descriptor(fd);
+    fd = -1;
+    if (e->attach_fd < 0) {
+      error = e->attach_fd;
+      unmap(e);
+    }
+  }
+  if (fd >= 0) sys_close(fd);
+  errno = saved;
+  if (error) {
+    free(e);
+    return error;
+  }
+  *out = e;
+  return 0;
+}
+
+void endpoint_detach(struct endpoint *e) {
+  struct endpoint *expected = e;
+  if (atomic_compare_exchange_strong(&current, &expected, NULL)) *mark = 0;
+  endpoint_private_close(e->attach_fd);
+  unmap(e);
+  free(e);
+}
+
+int endpoint_give_waker(struct endpoint *e, uint32_t number, int eventfd) {
+  return say(e->attach_fd, VMMC_WAKER, number, eventfd);
+}
+
+/* ---- the process's own endpoint, and fork ------------------------------------------------------ */
+
+/* In a child of fork: what the parent attached is not ours.  The structure stays, empty: sockets that
+ * the child inherited point at it and are recognised by that. */
+static void forget(bool close_descriptors) {
+  struct endpoint *e = atomic_load_explicit(&current, memory_order_relaxed);
+  atomic_store_explicit(&current, NULL, memory_order_relaxed);
+  *mark = 0;
+  for (int i = 0; i < PRIVATE_MAX; i++) {
+    int fd = atomic_exchange_explicit(&private_descriptor[i], 0, memory_order_relaxed) - 1;
+    if (fd >= 0 && close_descriptors) sys_close(fd);
+  }
+  atomic_store_explicit(&private_lowest, INT32_MAX, memory_order_relaxed);
+  if (!e) return;
+  e->app = NULL;
+  e->nic = NULL;
+  e->pub = NULL;
+  e->attach_fd = -1;
+}
+
+static void before_fork(void) { pthread_mutex_lock(&attach_lock); }
+static void after_fork_in_parent(void) { pthread_mutex_unlock(&attach_lock); }
+
+static void after_fork_in_child(void) {
+  /* The attach socket must close here: the daemon takes its end for the parent's. */
+  forget(true);
+  pthread_mutex_unlock(&attach_lock);
+  if (fork_hook) fork_hook();
+}
+
+void endpoint_on_fork(void (*hook)(void)) { fork_hook = hook; }
+
+bool endpoint_is_ours(void) { return *mark; }
+
+struct endpoint *endpoint_current(void) {
+  /* acquire: whoever finds the endpoint finds it filled */
+  struct endpoint *e = atomic_load_explicit(&current, memory_order_acquire);
+  return *mark ? e : NULL;
+}
+
+/* Once a process: the page that forks wipe, and the handlers.  0 or -errno. */
+static int watch_forks(void) {
+  static bool watching;
+  if (watching) return 0;
+  void *page = mmap(NULL, VMMC_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (page == MAP_FAILED) return -errno;
+  madvise(page, VMMC_PAGE, MADV_WIPEONFORK); /* before Linux 4.14 the fork handler alone has to do */
+  int error = pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+  if (error) {
+    munmap(page, VMMC_PAGE);
+    return -error;
+  }
+  mark = page;
+  watching = true;
+  return 0;
+}
+
+static int attach_default(void) {
+  if (endpoint_current()) return 0; /* another thread was faster */
+  const char *path = getenv("VMMC_SOCKET");
+  if (!path || !*path) return -ENOTCONN;
+  /* A child whose fork ran no handlers: its copies of our descriptors may be closed and the numbers
+   * in other use, so they are left alone; they are close-on-exec. */
+  if (atomic_load_explicit(&current, memory_order_relaxed)) forget(false);
+  struct endpoint *e;
+  int error = watch_forks();
+  if (!error) error = endpoint_attach(path, &e);
+  if (error) return error;
+  *mark = 1;
+  /* release: see endpoint_current */
+  atomic_store_explicit(&current, e, memory_order_release);
+  return 0;
+}
+
+struct endpoint *endpoint_default(void) {
+  struct endpoint *e = endpoint_current();
+  if (e) return e;
+  /* No handler of the program's may run in here: it could want a socket, too. */
+  uint64_t signals;
+  sys_block_signals(&signals);
+  pthread_mutex_lock(&attach_lock);
+  int error = attach_default();
+  pthread_mutex_unlock(&attach_lock);
+  sys_restore_signals(&signals);
+  if (error) errno = -error;
+  return error ? NULL : endpoint_current();
+}
+
+/* ---- the doorbell ------------------------------------------------------------------------------ */
+
+/* Wakes the NIC when it sleeps.  The store or RMW before it is ordered before this look by a fence of
+ * the caller's; the NIC stores `asleep`, fences, and looks at the doorbells again. */
+static inline void wake_nic(const struct endpoint *e) {
+  if (atomic_load_explicit(&e->pub->asleep, memory_order_relaxed))
+    sys_call(SYS_futex, (long)&e->pub->asleep, FUTEX_WAKE, INT32_MAX, 0, 0, 0);
+}
+
+/*
+ * A bit that is set already needs no locked instruction.  The fence puts the caller's stores before the
+ * look at the bit; the NIC clears a bit before it looks at what those stores changed.  So if the bit is
+ * seen set, the NIC's clearing is still to come, and its look after that.  Both words are looked at: a
+ * thread that set the bit may not have come to the summary yet.
+ */
+void endpoint_ring_slot(struct endpoint *e, uint32_t slot) {
+  _Atomic uint64_t *dirty = (_Atomic uint64_t *)(e->app + VMMC_APP_DIRTY) + slot / 64;
+  _Atomic uint64_t *summary = &app_header(e)->summary[slot / 4096];
+  uint64_t bit = 1ull << (slot % 64), word = 1ull << (slot / 64 % 64);
+  atomic_thread_fence(memory_order_seq_cst);
+  if (!(atomic_load_explicit(dirty, memory_order_relaxed) & bit)) atomic_fetch_or(dirty, bit);
+  if (!(atomic_load_explicit(summary, memory_order_relaxed) & word)) {
+    atomic_fetch_or(summary, word);
+    atomic_thread_fence(memory_order_seq_cst);
+  }
+  wake_nic(e);
+}
+
+void endpoint_ring_commands(struct endpoint *e) {
+  atomic_thread_fence(memory_order_seq_cst); /* command_tail before the look at `asleep` */
+  wake_nic(e);
+}
