@@ -1,0 +1,148 @@
+/* command.c: VMMC commands of programs: each is copied once, checked, carried out and answered. */
+#include <string.h>
+
+#include "nic.h"
+
+void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id, uint64_t length,
+                      uint32_t permissions) {
+  struct vmmc_completion *done = (struct vmmc_completion *)(e->nic + VMMC_NIC_COMPLETIONS) + index % VMMC_COMMANDS;
+  e->own->command[index % VMMC_COMMANDS].state = COMMAND_NONE;
+  if (error) COUNT(e, commands_rejected, 1);
+  done->error = error;
+  done->id = id;
+  done->length = length;
+  done->permissions = permissions;
+  /* release: the answer before what says that it is there */
+  atomic_store_explicit(&done->done, index + 1, memory_order_release);
+  wake_completion(e);
+}
+
+/* Answers that need a peer: the command waits in its link's queue. */
+static int to_peer(struct endpoint *e, struct own_command *own, uint32_t node) {
+  struct link *link = link_to(node);
+  if (!link) return errno;
+  own->state = COMMAND_WAITS;
+  link_enqueue(link, &e->command[own - e->own->command].work);
+  return 0;
+}
+
+static int start_transfer(struct endpoint *e, struct own_command *own) {
+  const struct vmmc_command *c = &own->command;
+  if (c->import_id >= VMMC_EXPORTS || !e->own->import[c->import_id].used) return EPERM; /* nothing imported */
+  own->import = e->own->import[c->import_id];
+  own->moved = 0;
+  uint32_t needed = c->op == VMMC_OP_SEND ? VMMC_PERMIT_WRITE : VMMC_PERMIT_READ;
+  if (!(own->import.permissions & needed)) return EPERM;
+  if (c->remote_offset > own->import.length || c->length > own->import.length - c->remote_offset) return EINVAL;
+  uint64_t end = c->remote_offset + c->length;
+  if (c->notify_length && (c->notify_length < c->length || c->notify_length > end)) return EINVAL;
+  if (c->offset > VMMC_HEAP_BYTES || c->length > VMMC_HEAP_BYTES - c->offset) return EFAULT;
+  return to_peer(e, own, own->import.node);
+}
+
+static int start_import(struct endpoint *e, struct own_command *own) {
+  if (own->command.node >= nic.nodes) return EHOSTUNREACH;
+  return to_peer(e, own, own->command.node);
+}
+
+static void take(struct endpoint *e, uint64_t index) {
+  struct own_command *own = &e->own->command[index % VMMC_COMMANDS];
+  const struct vmmc_command *shared = (const struct vmmc_command *)(e->app + VMMC_APP_COMMANDS) + index % VMMC_COMMANDS;
+  if (own->state != COMMAND_NONE) { /* the queue was overrun: the answer owed goes first */
+    COUNT(e, commands_rejected, 1);
+    return;
+  }
+  memcpy(&own->command, (const void *)shared, sizeof own->command); /* the copy that is checked and used */
+  own->command.index = index;
+  const struct vmmc_command *c = &own->command;
+  int error;
+  switch (c->op) {
+    case VMMC_OP_NOP: error = 0; break;
+    case VMMC_OP_EXPORT: error = export_make(e, c); break;
+    case VMMC_OP_UNEXPORT: error = export_end(e, c->export_id); break;
+    case VMMC_OP_IMPORT: error = start_import(e, own); break;
+    case VMMC_OP_UNIMPORT:
+      error = c->import_id < VMMC_EXPORTS && e->own->import[c->import_id].used ? 0 : ENOENT;
+      if (!error) e->own->import[c->import_id].used = 0;
+      break;
+    case VMMC_OP_SEND:
+    case VMMC_OP_FETCH: error = start_transfer(e, own); break;
+    default: error = EINVAL;
+  }
+  if (error || own->state == COMMAND_NONE) command_complete(e, index, error, 0, 0, 0);
+}
+
+static bool commit_tables(struct endpoint *e) {
+  if (e->vmmc_committed) return true;
+  e->vmmc_committed =
+      segment_commit(e->nic_fd, VMMC_NIC_COMPLETIONS,
+                     VMMC_NIC_NOTIFICATIONS + VMMC_NOTIFICATIONS * sizeof(struct vmmc_notification) - VMMC_NIC_COMPLETIONS) &&
+      segment_commit(e->own_fd, 0, offsetof(struct own, connection));
+  return e->vmmc_committed;
+}
+
+int commands_work(struct endpoint *e) {
+  /* acquire: the commands that it counts */
+  uint64_t tail = atomic_load_explicit(&app_header(e)->command_tail, memory_order_acquire);
+  if (tail == e->commands_taken) return 0;
+  if (!commit_tables(e)) return 0; /* said in the log; the program waits until there is room */
+  int done = 0;
+  if (tail - e->commands_taken > VMMC_COMMANDS) { /* impossible: the newest queue's worth counts */
+    log_event("warning", "endpoint %u (pid %d): an impossible command count", e->index, e->pid);
+    COUNT(e, commands_rejected, 1);
+    e->commands_taken = tail - VMMC_COMMANDS;
+  }
+  while (e->commands_taken != tail) {
+    take(e, e->commands_taken);
+    e->commands_taken++;
+    atomic_store_explicit(&nic_header(e)->commands_taken, e->commands_taken, memory_order_release);
+    done++;
+  }
+  return done;
+}
+
+static void imported(struct endpoint *e, struct own_command *own, const struct packet *p) {
+  uint64_t index = own->command.index;
+  if (p->error) {
+    command_complete(e, index, p->error, 0, 0, 0);
+    return;
+  }
+  for (uint32_t id = 0; id < VMMC_EXPORTS; id++) {
+    struct own_import *import = &e->own->import[id];
+    if (import->used) continue;
+    *import = (struct own_import){ 1, own->command.node, p->from, p->total, p->flags };
+    command_complete(e, index, 0, id, p->total, p->flags);
+    return;
+  }
+  command_complete(e, index, ENOBUFS, 0, 0, 0);
+}
+
+void command_packet(struct link *link, const struct packet *p) {
+  struct endpoint *e = endpoint_find(p->to.endpoint, p->to.serial);
+  struct own_command *own = e ? &e->own->command[p->command % VMMC_COMMANDS] : NULL;
+  (void)link;
+  if (!e || e->dying || own->state == COMMAND_NONE || own->command.index != p->command) {
+    COUNT_NODE(packets_dropped, 1);
+    return;
+  }
+  switch (p->type) {
+    case PACKET_IMPORTED: imported(e, own, p); break;
+    case PACKET_SENT: command_complete(e, p->command, p->error, 0, p->error ? 0 : own->command.length, 0); break;
+    case PACKET_FETCHED: transfer_fetched(e, p); break;
+    default: break;
+  }
+}
+
+/* What is unanswered by a node whose NIC died is said again. */
+void command_retell(struct endpoint *e, uint32_t node) {
+  if (!e->vmmc_committed) return;
+  struct link *link = NULL;
+  for (uint32_t i = 0; i < VMMC_COMMANDS; i++) {
+    struct own_command *own = &e->own->command[i];
+    uint32_t to = own->command.op == VMMC_OP_IMPORT ? own->command.node : own->import.node;
+    if (own->state == COMMAND_NONE || to != node || !(link = link_to(node))) continue;
+    own->state = COMMAND_WAITS;
+    if (own->command.op == VMMC_OP_SEND) own->moved = 0;
+    link_enqueue(link, &e->command[i].work);
+  }
+}

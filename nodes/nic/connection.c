@@ -1,0 +1,678 @@
+/*
+ * connection.c: the life of a stream connection, from request to CLOSED.
+ *
+ * Nothing here is an event that could be lost: the app's half of the slot says what the app wants, the
+ * connection (own.h) says what the peer was told, and connection_transmit says what is missing.  So a
+ * doorbell may be seen twice, and a successor goes on where its predecessor was killed.
+ */
+#include <string.h>
+
+#include "nic.h"
+
+static struct packet_end end_of(const struct endpoint *e, uint32_t slot) {
+  return (struct packet_end){ e->index, e->serial, slot, connection_of(e, slot)->generation };
+}
+
+static bool is_passive(uint32_t slot) { return slot >= VMMC_ACTIVE_SLOTS; }
+
+struct half connection_half(struct endpoint *e, uint32_t slot) {
+  struct vmmc_app_slot *a = app_slot(e, slot);
+  struct connection *c = connection_of(e, slot);
+  struct half h = { 0 };
+  /* acquire: the app fills its half before it stores the generation */
+  if (atomic_load_explicit(&a->generation, memory_order_acquire) == c->generation) {
+    /* shut first: VMMC_SHUT_WRITE says that `written`, read after it, is final (acquire) */
+    h.shut = atomic_load_explicit(&a->shut, memory_order_acquire);
+    h.written = atomic_load_explicit(&a->written, memory_order_acquire);
+    h.consumed = atomic_load_explicit(&a->consumed, memory_order_acquire);
+  } else if (e->dying) {
+    h.shut = VMMC_ABORT; /* never accepted by the program */
+  }
+  if (e->dying) h.shut |= VMMC_SHUT_WRITE | VMMC_CLOSED;
+  return h;
+}
+
+/* ---- memory ---- */
+
+bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto) {
+  struct connection *c = connection_of(e, slot);
+  if (upto > VMMC_RING) upto = VMMC_RING;
+  upto = (upto + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
+  if (upto <= c->committed) return true;
+  if (!segment_commit(e->nic_fd, VMMC_NIC_RINGS + (uint64_t)slot * VMMC_RING + c->committed, upto - c->committed))
+    return false;
+  c->committed = upto;
+  return true;
+}
+
+/* The pages of the control structures of all slots up to this one. */
+static bool commit_slot(struct endpoint *e, uint32_t slot) {
+  uint32_t *end = is_passive(slot) ? &e->own->passive_end : &e->own->active_end;
+  if (slot < *end) return true;
+  uint64_t first = *end, count = slot + 1 - first;
+  if (!segment_commit(e->nic_fd, VMMC_NIC_SLOTS + first * sizeof(struct vmmc_nic_slot), count * sizeof(struct vmmc_nic_slot)) ||
+      !segment_commit(e->own_fd, offsetof(struct own, connection) + first * sizeof(struct connection),
+                      count * sizeof(struct connection)))
+    return false;
+  *end = slot + 1;
+  return true;
+}
+
+/* ---- a slot begins and ends ---- */
+
+static void begin(struct endpoint *e, uint32_t slot, uint32_t generation, uint32_t state) {
+  struct connection *c = connection_of(e, slot);
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  uint64_t committed = c->committed;
+  uint32_t requested = c->requested;
+  memset(c, 0, sizeof *c);
+  c->committed = committed;
+  c->requested = requested;
+  c->window = VMMC_FIRST_WINDOW;
+  c->generation = generation;
+  c->state = state;
+  e->own->open++;
+  /* In the app's sight this slot is not its generation's until the last store below. */
+  atomic_store_explicit(&n->limit, 0, memory_order_relaxed);
+  atomic_store_explicit(&n->transmitted, 0, memory_order_relaxed);
+  atomic_store_explicit(&n->peer_consumed, 0, memory_order_relaxed);
+  atomic_store_explicit(&n->placed, 0, memory_order_relaxed);
+  atomic_store_explicit(&n->status, 0, memory_order_relaxed);
+  atomic_store_explicit(&n->redirected_post, 0, memory_order_relaxed);
+  n->local = n->peer = (struct vmmc_address){ 0 };
+  n->reply_error = 0;
+  struct slot_work *work = &e->work[slot];
+  work->endpoint = e;
+  work->slot = slot;
+  work->work.transmit = connection_transmit;
+}
+
+/* Shows the app its slot: the generation after all that it covers (release). */
+static void publish(struct endpoint *e, uint32_t slot, uint32_t state) {
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  atomic_store_explicit(&n->state, state, memory_order_relaxed);
+  atomic_store_explicit(&n->generation, connection_of(e, slot)->generation, memory_order_release);
+}
+
+static void finish(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  port_release(c);
+  if (e->work[slot].remote) remote_release(e->work[slot].remote);
+  e->work[slot].remote = NULL;
+  c->state = CONNECTION_NONE;
+  e->own->open--;
+  if (is_passive(slot)) {
+    c->next_free = e->own->free_passive;
+    e->own->free_passive = slot + 1;
+  }
+  /* release: the app that finds it free finds everything else done with */
+  atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_FREE, memory_order_release);
+}
+
+/* A slot for a connection that this node accepts; VMMC_SLOTS: none is free. */
+static uint32_t take_passive(struct endpoint *e) {
+  struct own *own = e->own;
+  uint32_t slot = own->free_passive ? own->free_passive - 1 : own->passive_end;
+  if (slot >= VMMC_SLOTS || !commit_slot(e, slot)) return VMMC_SLOTS;
+  if (!connection_commit(e, slot, VMMC_FIRST_WINDOW)) {
+    if (!own->free_passive) { /* fresh: keep it for later */
+      connection_of(e, slot)->next_free = 0;
+      own->free_passive = slot + 1;
+    }
+    return VMMC_SLOTS;
+  }
+  if (own->free_passive) own->free_passive = connection_of(e, slot)->next_free;
+  return slot;
+}
+
+/* ---- what the peer and the app are told ---- */
+
+void connection_enqueue(struct endpoint *e, uint32_t slot) {
+  struct link *link = link_to(connection_of(e, slot)->far_node);
+  if (link)
+    link_enqueue(link, &e->work[slot].work);
+  else
+    connection_fail(e, slot, EHOSTUNREACH);
+}
+
+static void set_status(struct endpoint *e, uint32_t slot, uint32_t bits) {
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  /* release: after the positions that it speaks of */
+  atomic_store_explicit(&n->status, atomic_load_explicit(&n->status, memory_order_relaxed) | bits, memory_order_release);
+}
+
+void connection_fail(struct endpoint *e, uint32_t slot, int error) {
+  struct connection *c = connection_of(e, slot);
+  if (c->state == CONNECTION_NONE || c->state == CONNECTION_DEAD) return;
+  c->state = CONNECTION_DEAD;
+  set_status(e, slot, (uint32_t)error);
+  atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_DEAD, memory_order_release);
+  wake_slot(e, slot, WAKE_BOTH);
+  if ((c->flags & APP_CLOSED) || (connection_half(e, slot).shut & VMMC_CLOSED)) finish(e, slot);
+}
+
+static uint32_t window_cap(struct endpoint *e, uint32_t slot) {
+  uint32_t cap = atomic_load_explicit(&app_slot(e, slot)->receive_window, memory_order_relaxed);
+  if (!cap || cap > VMMC_RING) return VMMC_RING;
+  return cap < VMMC_PAGE ? VMMC_PAGE : cap;
+}
+
+/*
+ * Credit.  The window begins small, so that ten thousand idle connections promise little, and doubles
+ * when the sender was using more than half of it and the reader kept up.  A new limit is worth telling
+ * when it opens a quarter of the window: the library rings after a quarter of the first window, so a
+ * sender without room is always told once the reader has read what is there.
+ */
+uint64_t connection_credit(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  uint32_t cap = window_cap(e, slot);
+  uint32_t window = c->window > cap ? cap : c->window;
+  if (window < cap && c->told - c->placed < window / 2 && c->consumed - c->grown >= window / 4) {
+    window = window * 2 > cap ? cap : window * 2;
+    c->grown = c->consumed;
+  }
+  uint64_t limit = c->consumed + window;
+  if (limit < c->told + window / 4) return c->told;
+  if (!connection_commit(e, slot, limit)) return c->told;
+  c->window = window;
+  c->told = limit;
+  return limit;
+}
+
+static bool credit_due(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  uint32_t cap = window_cap(e, slot);
+  uint32_t window = c->window > cap ? cap : c->window;
+  return c->consumed + window >= c->told + window / 4;
+}
+
+/* ---- requests ---- */
+
+static int request_connect(struct endpoint *e, uint32_t slot, struct vmmc_address local, struct vmmc_address peer,
+                           uint32_t node) {
+  struct connection *c = connection_of(e, slot);
+  if (c->state != CONNECTION_IDLE) return EISCONN;
+  if (node >= nic.nodes) return EHOSTUNREACH;
+  if (!connection_commit(e, slot, VMMC_FIRST_WINDOW)) return ENOBUFS;
+  int error = port_ephemeral(e, slot, &local);
+  if (error) return error;
+  c->local = local;
+  c->peer = peer;
+  c->far_node = node;
+  c->told = c->window;
+  c->state = CONNECTION_CONNECTING;
+  nic_slot(e, slot)->local = local;
+  nic_slot(e, slot)->peer = peer;
+  nic_slot(e, slot)->peer_node = node;
+  atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_CONNECTING, memory_order_release);
+  connection_enqueue(e, slot);
+  return 0;
+}
+
+static int request_listen(struct endpoint *e, uint32_t slot, struct vmmc_address local, uint32_t flags, uint32_t backlog) {
+  struct connection *c = connection_of(e, slot);
+  c->backlog = backlog > 4096 ? 4096 : backlog;
+  if (c->state == CONNECTION_LISTENING) return 0;
+  if (c->state != CONNECTION_IDLE) return EINVAL;
+  if (!c->binding) {
+    int error = port_bind(e, slot, &local, flags);
+    if (error) return error;
+    c->local = nic_slot(e, slot)->local = local;
+  }
+  int error = port_listen(e, slot);
+  if (error) return error;
+  c->state = CONNECTION_LISTENING;
+  atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_LISTENING, memory_order_release);
+  return 0;
+}
+
+static void serve_request(struct endpoint *e, uint32_t slot, uint32_t request) {
+  struct connection *c = connection_of(e, slot);
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  /* One copy, which is then used: the app may write while we read. */
+  volatile struct vmmc_app_slot *a = app_slot(e, slot);
+  uint32_t op = a->op, flags = a->bind_flags, node = a->peer_node, backlog = a->backlog;
+  struct vmmc_address local = a->local, peer = a->peer;
+  int error = EINVAL;
+  switch (op) {
+    case VMMC_REQUEST_BIND:
+      error = c->state == CONNECTION_IDLE ? port_bind(e, slot, &local, flags) : EINVAL;
+      if (!error) c->local = n->local = local;
+      break;
+    case VMMC_REQUEST_LISTEN: error = request_listen(e, slot, local, flags, backlog); break;
+    case VMMC_REQUEST_CONNECT: error = request_connect(e, slot, local, peer, node); break;
+    default: COUNT(e, commands_rejected, 1);
+  }
+  c->requested = request;
+  n->reply_error = error;
+  /* release: the answer's content first */
+  atomic_store_explicit(&n->reply, request, memory_order_release);
+  wake_slot(e, slot, WAKE_WRITERS);
+}
+
+/* ---- listening ---- */
+
+static void reset_far(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  struct link *link = link_to(c->far_node);
+  if (!link) return;
+  struct packet p = { .type = PACKET_RESET, .to = c->far, .from = end_of(e, slot) };
+  link_reply(link, &p);
+}
+
+static uint64_t accept_queue_taken(struct connection *c, const struct half *h) {
+  if (h->consumed >= c->consumed && h->consumed <= c->placed) c->consumed = h->consumed;
+  return c->consumed;
+}
+
+/* Nodes whose connections found the backlog full may ask again. */
+static void tell_waiting(struct connection *listener) {
+  for (uint32_t word = 0; word < VMMC_NODES_MAX / 64; word++)
+    for (; listener->waiting[word]; listener->waiting[word] &= listener->waiting[word] - 1) {
+      struct link *link = link_to(word * 64 + (uint32_t)__builtin_ctzll(listener->waiting[word]));
+      if (link) link_reply(link, &(struct packet){ .type = PACKET_RETRY });
+    }
+}
+
+static void look_listening(struct endpoint *e, uint32_t slot, const struct half *h) {
+  struct connection *c = connection_of(e, slot);
+  uint64_t taken = accept_queue_taken(c, h);
+  if (!(h->shut & VMMC_CLOSED)) {
+    if ((c->placed - taken) / sizeof(struct vmmc_accept_entry) > c->backlog) return;
+    tell_waiting(c);
+    return;
+  }
+  /* Connections that the program never accepted are reset, as Linux does. */
+  for (uint64_t at = taken; at < c->placed; at += sizeof(struct vmmc_accept_entry)) {
+    struct vmmc_accept_entry entry;
+    memcpy(&entry, default_buffer(e, slot) + at % VMMC_RING, sizeof entry);
+    struct connection *queued = connection_of(e, entry.slot);
+    if (queued->generation != entry.generation || queued->state == CONNECTION_NONE) continue;
+    if (queued->state == CONNECTION_ESTABLISHED) reset_far(e, entry.slot);
+    finish(e, entry.slot);
+  }
+  finish(e, slot); /* the port first: who asks again finds nobody */
+  tell_waiting(c);
+}
+
+static bool made_before(const struct packet *p, uint32_t node, struct endpoint **e_out, uint32_t *slot_out) {
+  for (uint32_t i = 0; i < nic.live_count; i++) {
+    struct endpoint *e = nic.endpoint[nic.live[i]];
+    for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++) {
+      struct connection *c = connection_of(e, slot);
+      if (c->state == CONNECTION_NONE || c->far_node != node || memcmp(&c->far, &p->from, sizeof c->far)) continue;
+      *e_out = e;
+      *slot_out = slot;
+      return true;
+    }
+  }
+  return false;
+}
+
+static void refuse(struct link *link, const struct packet *p, uint8_t type, int error) {
+  struct packet answer = { .type = type, .error = (uint16_t)error, .to = p->from };
+  link_reply(link, &answer);
+}
+
+static void say_accepted(struct link *link, struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  struct packet answer = { .type = PACKET_ACCEPTED, .to = c->far, .from = end_of(e, slot), .limit = c->told };
+  link_reply(link, &answer);
+}
+
+static void answer_connect(struct link *link, const struct packet *p) {
+  struct endpoint *e;
+  uint32_t slot;
+  if ((p->flags & PACKET_AGAIN) && made_before(p, link_node(link), &e, &slot)) {
+    say_accepted(link, e, slot);
+    return;
+  }
+  struct binding *b = port_listener(&p->peer, &p->local);
+  e = b ? endpoint_find(b->endpoint, b->serial) : NULL;
+  if (!e || e->dying) {
+    COUNT_NODE(connections_refused, 1);
+    refuse(link, p, PACKET_REFUSED, ECONNREFUSED);
+    return;
+  }
+  uint32_t listener = b->slot;
+  struct connection *l = connection_of(e, listener);
+  struct half h = connection_half(e, listener);
+  uint64_t waiting = l->placed - accept_queue_taken(l, &h);
+  if (waiting / sizeof(struct vmmc_accept_entry) > l->backlog ||
+      waiting + sizeof(struct vmmc_accept_entry) > VMMC_RING) {
+    l->waiting[link_node(link) / 64] |= 1ull << link_node(link) % 64;
+    refuse(link, p, PACKET_BUSY, 0);
+    return;
+  }
+  slot = connection_commit(e, listener, l->placed + sizeof(struct vmmc_accept_entry)) ? take_passive(e) : VMMC_SLOTS;
+  if (slot == VMMC_SLOTS) {
+    log_event("warning", "endpoint %u (pid %d): no slot or memory for a connection to port %u", e->index, e->pid, p->peer.port);
+    COUNT_NODE(connections_refused, 1);
+    refuse(link, p, PACKET_REFUSED, ECONNREFUSED);
+    return;
+  }
+  struct connection *c = connection_of(e, slot);
+  uint32_t generation = c->generation + 1 ? c->generation + 1 : 1;
+  begin(e, slot, generation, CONNECTION_ESTABLISHED);
+  c->flags = PASSIVE;
+  c->far = p->from;
+  c->far_node = link_node(link);
+  c->far_limit = p->limit;
+  c->told = c->window;
+  c->local = p->peer;
+  c->peer = p->local;
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  n->local = c->local;
+  n->peer = c->peer;
+  n->peer_node = c->far_node;
+  atomic_store_explicit(&n->limit, p->limit, memory_order_relaxed);
+  atomic_store_explicit(&n->status, VMMC_CONNECTED, memory_order_relaxed);
+  publish(e, slot, VMMC_ESTABLISHED);
+  COUNT(e, connections_opened, 1);
+
+  struct vmmc_accept_entry entry = { slot, generation };
+  memcpy(default_buffer(e, listener) + l->placed % VMMC_RING, &entry, sizeof entry);
+  l->placed += sizeof entry;
+  /* release: the entry and the slot before the position */
+  atomic_store_explicit(&nic_slot(e, listener)->placed, l->placed, memory_order_release);
+  wake_slot(e, listener, WAKE_READERS);
+  say_accepted(link, e, slot);
+}
+
+/* ---- the app rang ---- */
+
+/* True when the half's positions can be: hostile ones end the connection. */
+static bool half_is_sane(struct endpoint *e, uint32_t slot, const struct half *h) {
+  struct connection *c = connection_of(e, slot);
+  if (h->written >= c->transmitted && h->written <= c->far_limit && h->consumed >= c->consumed && h->consumed <= c->placed)
+    return true;
+  COUNT(e, commands_rejected, 1);
+  log_event("warning", "endpoint %u (pid %d): impossible stream positions in slot %u; its connection is reset",
+            e->index, e->pid, slot);
+  reset_far(e, slot);
+  connection_fail(e, slot, EPROTO);
+  return false;
+}
+
+static void look_established(struct endpoint *e, uint32_t slot, const struct half *h) {
+  struct connection *c = connection_of(e, slot);
+  if (!half_is_sane(e, slot, h)) return;
+  c->consumed = h->consumed;
+  bool fin = (h->shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN);
+  if (h->written > c->transmitted || fin || (h->shut & VMMC_CLOSED) || credit_due(e, slot)) connection_enqueue(e, slot);
+}
+
+void connection_look(struct endpoint *e, uint32_t slot) {
+  if (slot >= VMMC_SLOTS) return;
+  struct connection *c = connection_of(e, slot);
+  struct vmmc_app_slot *a = app_slot(e, slot);
+  uint32_t generation = atomic_load_explicit(&a->generation, memory_order_acquire);
+  if (!is_passive(slot) && generation && !e->dying && slot < VMMC_ACTIVE_SLOTS) {
+    if (slot >= e->own->active_end && !commit_slot(e, slot)) return;
+    if (c->state == CONNECTION_NONE && generation != c->generation) {
+      begin(e, slot, generation, CONNECTION_IDLE);
+      publish(e, slot, VMMC_IDLE);
+    }
+  }
+  if (slot >= (is_passive(slot) ? e->own->passive_end : e->own->active_end)) return;
+  if (c->state == CONNECTION_NONE) return;
+  if (generation == c->generation && !e->dying) {
+    uint32_t request = atomic_load_explicit(&a->request, memory_order_acquire);
+    if (request != c->requested) serve_request(e, slot, request);
+  } else if (!e->dying) {
+    return;
+  }
+  struct half h = connection_half(e, slot);
+  switch (c->state) {
+    case CONNECTION_LISTENING: look_listening(e, slot, &h); break;
+    case CONNECTION_ESTABLISHED: look_established(e, slot, &h); break;
+    case CONNECTION_CONNECTING:
+      if (!(h.shut & VMMC_CLOSED)) break;
+      if (c->flags & SAID_CONNECT)
+        c->flags |= APP_CLOSED; /* the answer will find nobody */
+      else
+        finish(e, slot);
+      break;
+    case CONNECTION_IDLE:
+    case CONNECTION_BUSY:
+    case CONNECTION_DEAD:
+      if (h.shut & VMMC_CLOSED) finish(e, slot);
+      break;
+    default: break; /* CLOSING waits for the peer */
+  }
+}
+
+/* ---- telling the peer what it has not been told ---- */
+
+static struct packet *say(struct link *link, struct endpoint *e, uint32_t slot, uint8_t type) {
+  struct packet *p = link_next(link);
+  struct connection *c = connection_of(e, slot);
+  p->type = type;
+  p->to = c->far;
+  p->from = end_of(e, slot);
+  p->position = c->transmitted;
+  p->limit = c->told;
+  return p;
+}
+
+static void transmit_established(struct endpoint *e, uint32_t slot, struct link *link) {
+  struct connection *c = connection_of(e, slot);
+  struct half h = connection_half(e, slot);
+  if (!half_is_sane(e, slot, &h)) return;
+  c->consumed = h.consumed;
+  bool closed = h.shut & VMMC_CLOSED;
+  if (c->flags & HEARD_CLOSE) {
+    if (closed)
+      finish(e, slot);
+    else if (h.written > c->transmitted)
+      connection_fail(e, slot, EPIPE); /* a write to a peer that has closed */
+    return;
+  }
+  if (closed && ((h.shut & VMMC_ABORT) || c->placed > h.consumed)) {
+    say(link, e, slot, PACKET_RESET)->flags = PACKET_WANT_CLOSED;
+    link_push(link);
+    c->state = CONNECTION_CLOSING;
+    c->flags |= SAID_RESET;
+    return;
+  }
+  if (h.written > c->transmitted) {
+    stream_transmit(e, slot, link, h.written);
+  } else if (closed) {
+    say(link, e, slot, PACKET_CLOSE);
+    link_push(link);
+    c->state = CONNECTION_CLOSING;
+  } else if ((h.shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN)) {
+    say(link, e, slot, PACKET_FIN);
+    link_push(link);
+    c->flags |= SAID_FIN;
+  } else if (credit_due(e, slot)) {
+    uint64_t told = c->told;
+    if (connection_credit(e, slot) == told) return;
+    say(link, e, slot, PACKET_CREDIT);
+    link_push(link);
+  }
+}
+
+/* Is there anything else to say?  Looked at after each packet. */
+static bool has_more(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  if (c->state != CONNECTION_ESTABLISHED) return false;
+  struct half h = connection_half(e, slot);
+  return h.written > c->transmitted || (h.shut & VMMC_CLOSED) ||
+         ((h.shut & VMMC_SHUT_WRITE) && !(c->flags & (SAID_FIN | HEARD_CLOSE)));
+}
+
+bool connection_transmit(struct work *work, struct link *link) {
+  struct slot_work *w = (struct slot_work *)work;
+  struct endpoint *e = w->endpoint;
+  uint32_t slot = w->slot;
+  struct connection *c = connection_of(e, slot);
+  if (c->far_node != link_node(link)) return false; /* the slot has moved on since it was queued */
+  if (c->state == CONNECTION_CONNECTING && !(c->flags & SAID_CONNECT)) {
+    struct packet *p = say(link, e, slot, PACKET_CONNECT);
+    p->local = c->local;
+    p->peer = c->peer;
+    if (c->flags & CONNECT_AGAIN) p->flags = PACKET_AGAIN;
+    link_push(link);
+    c->flags |= SAID_CONNECT;
+  } else if (c->state == CONNECTION_ESTABLISHED) {
+    transmit_established(e, slot, link);
+  }
+  return has_more(e, slot);
+}
+
+/* ---- the peer's packets ---- */
+
+static void closed(struct link *link, const struct packet *p) {
+  struct packet answer = { .type = PACKET_CLOSED, .to = p->from, .from = p->to };
+  link_reply(link, &answer);
+}
+
+/* A packet for a connection that is not (or no longer) there. */
+static void unknown(struct link *link, const struct packet *p) {
+  switch (p->type) {
+    case PACKET_CLOSE: closed(link, p); break;
+    case PACKET_RESET:
+      if (p->flags & PACKET_WANT_CLOSED) closed(link, p);
+      break;
+    case PACKET_DATA:
+    case PACKET_ACCEPTED: {
+      struct packet answer = { .type = PACKET_RESET, .to = p->from, .from = p->to };
+      link_reply(link, &answer);
+      break;
+    }
+    default: COUNT_NODE(packets_dropped, 1);
+  }
+}
+
+static void take_limit(struct endpoint *e, uint32_t slot, uint64_t limit) {
+  struct connection *c = connection_of(e, slot);
+  if (limit <= c->far_limit) return;
+  c->far_limit = limit;
+  /* release pairs with the writer's acquire: the peer has read what will be overwritten */
+  atomic_store_explicit(&nic_slot(e, slot)->limit, limit, memory_order_release);
+  wake_slot(e, slot, WAKE_WRITERS);
+}
+
+static void established(struct endpoint *e, uint32_t slot, const struct packet *p) {
+  struct connection *c = connection_of(e, slot);
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  c->far = p->from;
+  c->far_limit = p->limit;
+  c->state = CONNECTION_ESTABLISHED;
+  atomic_store_explicit(&n->limit, p->limit, memory_order_relaxed);
+  atomic_store_explicit(&n->state, VMMC_ESTABLISHED, memory_order_relaxed);
+  set_status(e, slot, VMMC_CONNECTED);
+  COUNT(e, connections_opened, 1);
+  wake_slot(e, slot, WAKE_BOTH);
+  connection_enqueue(e, slot);
+}
+
+void connection_packet(struct link *link, const struct packet *p) {
+  if (p->type == PACKET_CONNECT) {
+    answer_connect(link, p);
+    return;
+  }
+  struct endpoint *e = endpoint_find(p->to.endpoint, p->to.serial);
+  uint32_t slot = p->to.slot;
+  if (!e || slot >= (is_passive(slot) ? e->own->passive_end : e->own->active_end)) {
+    unknown(link, p);
+    return;
+  }
+  struct connection *c = connection_of(e, slot);
+  if (c->generation != p->to.generation || c->state == CONNECTION_NONE || c->far_node != link_node(link)) {
+    unknown(link, p);
+    return;
+  }
+  bool connecting = c->state == CONNECTION_CONNECTING || c->state == CONNECTION_BUSY;
+  bool live = c->state == CONNECTION_ESTABLISHED;
+  switch (p->type) {
+    case PACKET_ACCEPTED:
+      if (connecting)
+        established(e, slot, p);
+      else if (!live && c->state != CONNECTION_CLOSING)
+        unknown(link, p);
+      break;
+    case PACKET_REFUSED:
+      if (connecting) connection_fail(e, slot, p->error);
+      break;
+    case PACKET_BUSY:
+      if (!connecting) break;
+      if (c->flags & APP_CLOSED) {
+        finish(e, slot);
+      } else {
+        c->state = CONNECTION_BUSY;
+        link_wait_busy(link, e, slot);
+      }
+      break;
+    case PACKET_DATA:
+      if (!live) {
+        if (!(c->flags & SAID_RESET)) unknown(link, p);
+        break;
+      }
+      take_limit(e, slot, p->limit);
+      stream_place(e, slot, p);
+      break;
+    case PACKET_CREDIT:
+      if (live) take_limit(e, slot, p->limit);
+      break;
+    case PACKET_FIN:
+      if (!live || (c->flags & HEARD_FIN)) break;
+      c->flags |= HEARD_FIN;
+      set_status(e, slot, VMMC_END_OF_FILE);
+      wake_slot(e, slot, WAKE_READERS);
+      break;
+    case PACKET_CLOSE:
+      closed(link, p);
+      if (!live) break;
+      c->flags |= HEARD_FIN | HEARD_CLOSE;
+      set_status(e, slot, VMMC_END_OF_FILE | VMMC_PEER_CLOSED);
+      wake_slot(e, slot, WAKE_BOTH);
+      connection_enqueue(e, slot);
+      break;
+    case PACKET_RESET:
+      if (p->flags & PACKET_WANT_CLOSED) closed(link, p);
+      if (connecting || live) connection_fail(e, slot, (c->flags & HEARD_FIN) ? EPIPE : ECONNRESET);
+      break;
+    case PACKET_CLOSED:
+      if (c->state == CONNECTION_CLOSING) finish(e, slot);
+      break;
+    default: break;
+  }
+}
+
+/* ---- after a death ---- */
+
+void connection_retell(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  switch (c->state) {
+    case CONNECTION_CONNECTING:
+      if (!(c->flags & SAID_CONNECT)) break;
+      c->flags &= ~(uint32_t)SAID_CONNECT;
+      c->flags |= CONNECT_AGAIN;
+      break;
+    case CONNECTION_ESTABLISHED:
+      c->flags &= ~(uint32_t)SAID_FIN;
+      break;
+    case CONNECTION_CLOSING: /* CLOSE or RESET again, and CLOSED again */
+      c->state = CONNECTION_ESTABLISHED;
+      c->flags &= ~(uint32_t)SAID_RESET;
+      break;
+    default: return;
+  }
+  connection_enqueue(e, slot);
+}
+
+void connection_recover(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  struct slot_work *work = &e->work[slot];
+  work->endpoint = e;
+  work->slot = slot;
+  work->work.transmit = connection_transmit;
+  if (c->state == CONNECTION_NONE) return;
+  struct redirection r = redirection_of_slot(e, slot);
+  redirect_recover(&r, c->placed);
+  if (c->state != CONNECTION_IDLE && c->state != CONNECTION_LISTENING) connection_retell(e, slot);
+  connection_look(e, slot);
+  wake_slot(e, slot, WAKE_BOTH);
+}

@@ -1,0 +1,78 @@
+/* control.c: what the daemon says, and what it is told.  See vmmc_attach.h. */
+#include <fcntl.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "nic.h"
+
+static volatile sig_atomic_t pending;
+
+/* The daemon wrote, or hung up.  A NIC that is about to sleep finds its word changed and does not. */
+static void on_message(int signal_number) {
+  (void)signal_number;
+  pending = 1;
+  if (nic.pub) atomic_store(&nic.pub->asleep, 0);
+}
+
+void control_start(int fd) {
+  struct sigaction action = { .sa_handler = on_message, .sa_flags = SA_RESTART };
+  sigaction(SIGIO, &action, NULL);
+  nic.control_fd = fd;
+  fcntl(fd, F_SETOWN, getpid());
+  fcntl(fd, F_SETFL, O_ASYNC | O_NONBLOCK);
+  pending = 1; /* what came before */
+}
+
+bool control_has_work(void) { return pending; }
+
+void control_say(uint32_t kind, uint32_t endpoint, uint32_t serial, int32_t value) {
+  if (nic.control_fd < 0) return;
+  struct vmmc_control message = { kind, endpoint, serial, value };
+  if (send(nic.control_fd, &message, sizeof message, MSG_NOSIGNAL) < 0)
+    log_event("warning", "telling the daemon (kind %u, endpoint %u): %s", kind, endpoint, strerror(errno));
+}
+
+/* One message; the descriptor that came with it in *fd, -1 none.  False: nothing there. */
+static bool control_receive(struct vmmc_control *message, int *fd) {
+  union {
+    char bytes[CMSG_SPACE(sizeof(int))];
+    struct cmsghdr align;
+  } ancillary;
+  struct iovec vector = { message, sizeof *message };
+  struct msghdr header = { .msg_iov = &vector, .msg_iovlen = 1, .msg_control = ancillary.bytes,
+                           .msg_controllen = sizeof ancillary.bytes };
+  *fd = -1;
+  ssize_t n = recvmsg(nic.control_fd, &header, MSG_CMSG_CLOEXEC);
+  if (n < 0) return false;
+  struct cmsghdr *c = CMSG_FIRSTHDR(&header);
+  if (c && c->cmsg_type == SCM_RIGHTS) memcpy(fd, CMSG_DATA(c), sizeof *fd);
+  if (n == sizeof *message) return true;
+  if (n == 0) { /* the daemon is gone: work goes on, without control */
+    log_event("warning", "the daemon hung up; traffic goes on");
+    close(nic.control_fd);
+    nic.control_fd = -1;
+  }
+  return false;
+}
+
+int control_work(void) {
+  int done = 0, fd;
+  struct vmmc_control m;
+  if (!pending || nic.control_fd < 0) return 0;
+  pending = 0;
+  while (nic.control_fd >= 0 && control_receive(&m, &fd)) {
+    done++;
+    switch (m.kind) {
+      case VMMC_CONTROL_ATTACH: endpoint_attach(m.endpoint, m.serial, m.value); break;
+      case VMMC_CONTROL_DETACH: endpoint_detach(m.endpoint, m.serial); break;
+      case VMMC_CONTROL_WAKER:
+        endpoint_waker(m.endpoint, m.serial, (uint32_t)m.value, fd);
+        fd = -1;
+        break;
+      default: log_event("warning", "unknown message %u from the daemon", m.kind);
+    }
+    if (fd >= 0) close(fd);
+  }
+  return done;
+}

@@ -1,0 +1,252 @@
+/* endpoint.c: programs attached to this node: their segments, their doorbells, and their end. */
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "nic.h"
+
+static void *map_part(uint32_t node, uint32_t serial, const char *part, uint64_t bytes, bool writable, int *fd) {
+  char what[48];
+  snprintf(what, sizeof what, "ep%u.%s", serial, part);
+  return segment_map(node, what, bytes, writable, fd);
+}
+
+static void unmap(struct endpoint *e) {
+  if (e->app) munmap(e->app, VMMC_APP_BYTES);
+  if (e->nic) munmap(e->nic, VMMC_NIC_BYTES);
+  if (e->own) munmap(e->own, OWN_BYTES);
+  if (e->work) munmap(e->work, VMMC_SLOTS * sizeof *e->work);
+  if (e->nic_fd >= 0) close(e->nic_fd);
+  if (e->own_fd >= 0) close(e->own_fd);
+  for (int i = 0; i < VMMC_WAKERS; i++)
+    if (e->waker[i] >= 0) close(e->waker[i]);
+  free(e);
+}
+
+struct endpoint *endpoint_find(uint32_t index, uint32_t serial) {
+  struct endpoint *e = index < VMMC_ENDPOINTS_MAX ? nic.endpoint[index] : NULL;
+  return e && e->serial == serial ? e : NULL;
+}
+
+static bool map_all(struct endpoint *e) {
+  e->app = map_part(nic.node, e->serial, "app", VMMC_APP_BYTES, true, NULL);
+  e->nic = map_part(nic.node, e->serial, "nic", VMMC_NIC_BYTES, true, &e->nic_fd);
+  e->own = map_part(nic.node, e->serial, "own", OWN_BYTES, true, &e->own_fd);
+  void *work = mmap(NULL, VMMC_SLOTS * sizeof *e->work, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  e->work = work == MAP_FAILED ? NULL : work;
+  return e->app && e->nic && e->own && e->work && segment_commit(e->nic_fd, 0, sizeof(struct vmmc_nic_header)) &&
+         segment_commit(e->own_fd, 0, VMMC_PAGE);
+}
+
+/* A predecessor served this endpoint: everything that it knew is in `own`. */
+static void recover(struct endpoint *e) {
+  struct own *own = e->own;
+  own->open = 0;
+  own->free_passive = 0;
+  for (uint32_t slot = own->passive_end; slot-- > VMMC_ACTIVE_SLOTS;) {
+    struct connection *c = &own->connection[slot];
+    if (c->state != CONNECTION_NONE) continue;
+    c->next_free = own->free_passive;
+    own->free_passive = slot + 1;
+  }
+  for (int pass = 0; pass < 2; pass++) {
+    uint32_t end = pass ? own->passive_end : own->active_end;
+    for (uint32_t slot = pass ? VMMC_ACTIVE_SLOTS : 0; slot < end; slot++)
+      if (own->connection[slot].state != CONNECTION_NONE) own->open++;
+  }
+  for (int pass = 0; pass < 2; pass++) {
+    uint32_t end = pass ? own->passive_end : own->active_end;
+    for (uint32_t slot = pass ? VMMC_ACTIVE_SLOTS : 0; slot < end; slot++) connection_recover(e, slot);
+  }
+}
+
+void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid) {
+  if (index >= VMMC_ENDPOINTS_MAX || nic.endpoint[index]) {
+    if (!endpoint_find(index, serial)) log_event("error", "endpoint %u is taken", index);
+    return;
+  }
+  struct endpoint *e = calloc(1, sizeof *e);
+  if (!e) return;
+  *e = (struct endpoint){ .index = index, .serial = serial, .pid = pid, .nic_fd = -1, .own_fd = -1 };
+  for (int i = 0; i < VMMC_WAKERS; i++) e->waker[i] = -1;
+  if (!map_all(e)) {
+    log_event("error", "cannot attach pid %d as endpoint %u: %s", pid, index, strerror(errno));
+    unmap(e);
+    control_say(VMMC_CONTROL_GONE, index, serial, errno);
+    return;
+  }
+  nic.endpoint[index] = e;
+  nic.live[nic.live_count++] = index;
+  atomic_store_explicit(&nic.pub->endpoint[index], serial, memory_order_release);
+  struct own *own = e->own;
+  struct vmmc_nic_header *header = nic_header(e);
+  for (uint32_t i = 0; i < VMMC_COMMANDS; i++) {
+    e->command[i] = (struct command_work){ .work.transmit = transfer_transmit, .endpoint = e, .place = i };
+  }
+  if (own->magic == VMMC_MAGIC && own->serial == serial) {
+    uint64_t events = atomic_load_explicit(&header->events, memory_order_relaxed);
+    e->events_committed = (events * sizeof(uint32_t) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
+    if (e->events_committed > VMMC_EVENTS * sizeof(uint32_t)) e->events_committed = VMMC_EVENTS * sizeof(uint32_t);
+    e->commands_taken = atomic_load_explicit(&header->commands_taken, memory_order_relaxed);
+    e->vmmc_committed = e->commands_taken > 0;
+    recover(e);
+    if (e->vmmc_committed)
+      for (uint32_t node = 0; node < nic.nodes; node++) command_retell(e, node);
+  } else {
+    own->version = VMMC_LAYOUT_VERSION;
+    own->serial = serial;
+    own->passive_end = VMMC_ACTIVE_SLOTS;
+    own->magic = VMMC_MAGIC;
+    header->magic = VMMC_MAGIC;
+    header->version = VMMC_LAYOUT_VERSION;
+    header->node = nic.node;
+    header->endpoint = index;
+    header->serial = serial;
+  }
+  atomic_store_explicit(&header->ready, 1, memory_order_release);
+}
+
+void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd) {
+  struct endpoint *e = endpoint_find(index, serial);
+  if (!e || number >= VMMC_WAKERS || fd < 0) {
+    if (fd >= 0) close(fd);
+    return;
+  }
+  if (e->waker[number] >= 0) close(e->waker[number]);
+  e->waker[number] = fd;
+}
+
+void endpoint_detach(uint32_t index, uint32_t serial) {
+  struct endpoint *e = endpoint_find(index, serial);
+  if (!e) {
+    control_say(VMMC_CONTROL_GONE, index, serial, 0);
+    return;
+  }
+  if (e->dying) return;
+  e->dying = true;
+  export_end_all(e);
+  for (uint32_t slot = 0; slot < e->own->active_end; slot++) connection_look(e, slot);
+  for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++) connection_look(e, slot);
+  endpoint_settle(e);
+}
+
+/* Takes its works out of every queue that they may stand in. */
+static void forget_work(struct endpoint *e) {
+  for (uint32_t node = 0; node < nic.nodes; node++) {
+    struct link *link = nic.link[node];
+    if (!link) continue;
+    for (uint32_t slot = 0; slot < e->own->active_end; slot++)
+      if (e->work[slot].work.queued) link_forget(link, &e->work[slot].work);
+    for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++)
+      if (e->work[slot].work.queued) link_forget(link, &e->work[slot].work);
+    for (uint32_t i = 0; i < VMMC_COMMANDS; i++)
+      if (e->command[i].work.queued) link_forget(link, &e->command[i].work);
+  }
+}
+
+#define RETIRE(name, meaning) COUNT_IN(&nic.pub->retired, name, atomic_load(&app_header(e)->counters.name));
+
+void endpoint_settle(struct endpoint *e) {
+  if (!e->dying || e->own->open) return;
+  forget_work(e);
+  VMMC_APP_COUNTERS(RETIRE)
+  for (uint32_t node = 0; node < nic.nodes; node++) {
+    struct packet gone = { .type = PACKET_GONE, .from = { e->index, e->serial, 0, 0 } };
+    if (nic.link[node]) link_reply(nic.link[node], &gone);
+  }
+  utlb_forget(e->serial);
+  for (uint32_t i = 0; i < nic.live_count; i++)
+    if (nic.live[i] == e->index) nic.live[i--] = nic.live[--nic.live_count];
+  nic.endpoint[e->index] = NULL;
+  atomic_store_explicit(&nic.pub->endpoint[e->index], 0, memory_order_release);
+  control_say(VMMC_CONTROL_GONE, e->index, e->serial, 0);
+  unmap(e);
+}
+
+/* ---- doorbells ---- */
+
+int endpoints_work(void) {
+  int done = 0;
+  for (uint32_t i = 0; i < nic.live_count; i++) {
+    struct endpoint *e = nic.endpoint[nic.live[i]];
+    struct vmmc_app_header *header = app_header(e);
+    _Atomic uint64_t *dirty = (_Atomic uint64_t *)(e->app + VMMC_APP_DIRTY);
+    for (uint32_t s = 0; s < VMMC_SUMMARY_WORDS && !e->dying; s++) {
+      /* A plain look first: an exchange would take the line from the program at every turn. */
+      if (!atomic_load_explicit(&header->summary[s], memory_order_relaxed)) continue;
+      for (uint64_t words = atomic_exchange(&header->summary[s], 0); words; words &= words - 1) {
+        uint32_t word = s * 64 + (uint32_t)__builtin_ctzll(words);
+        for (uint64_t bits = atomic_exchange(&dirty[word], 0); bits; bits &= bits - 1, done++)
+          connection_look(e, word * 64 + (uint32_t)__builtin_ctzll(bits));
+      }
+    }
+    if (!e->dying) done += commands_work(e);
+    if (e->dying && !e->own->open) {
+      endpoint_settle(e);
+      i--; /* another took its place in the list */
+    }
+  }
+  return done;
+}
+
+bool endpoints_have_work(void) {
+  for (uint32_t i = 0; i < nic.live_count; i++) {
+    struct endpoint *e = nic.endpoint[nic.live[i]];
+    if (e->dying) continue;
+    struct vmmc_app_header *header = app_header(e);
+    for (uint32_t s = 0; s < VMMC_SUMMARY_WORDS; s++)
+      if (atomic_load(&header->summary[s])) return true;
+    if (atomic_load(&header->command_tail) != e->commands_taken) return true;
+  }
+  return false;
+}
+
+/* ---- peers' segments ---- */
+
+struct remote *remote_find(uint32_t node, uint32_t serial) {
+  struct remote *r;
+  for (r = nic.remotes; r; r = r->next)
+    if (r->node == node && r->serial == serial) break;
+  if (!r) {
+    r = calloc(1, sizeof *r);
+    if (!r) return NULL;
+    r->node = node;
+    r->serial = serial;
+    r->app = map_part(node, serial, "app", VMMC_APP_BYTES, false, NULL);
+    if (!r->app) {
+      log_event("error", "cannot map the memory of endpoint serial %u of node%u: %s", serial, node, strerror(errno));
+      free(r);
+      return NULL;
+    }
+    r->next = nic.remotes;
+    nic.remotes = r;
+  }
+  r->references++;
+  return r;
+}
+
+static void remote_drop(struct remote *remote) {
+  for (struct remote **at = &nic.remotes; *at; at = &(*at)->next) {
+    if (*at != remote) continue;
+    *at = remote->next;
+    munmap(remote->app, VMMC_APP_BYTES);
+    free(remote);
+    return;
+  }
+}
+
+void remote_release(struct remote *remote) {
+  if (--remote->references == 0 && remote->gone) remote_drop(remote);
+}
+
+void remote_gone(uint32_t node, uint32_t serial) {
+  for (struct remote *r = nic.remotes; r; r = r->next) {
+    if (r->node != node || r->serial != serial) continue;
+    r->gone = true;
+    if (!r->references) remote_drop(r);
+    return;
+  }
+}

@@ -1,0 +1,361 @@
+/*
+ * link.c: the ordered channel to another NIC: one queue a direction, one producer, one consumer.
+ *
+ * A link is made when two nodes first talk: each side makes the queue that it writes.  Work waits in
+ * the link's queue until there is room, so a slow peer holds up nobody else.  Answers never wait for
+ * room (they would deadlock two NICs whose queues are both full): they go to an outbox that is emptied
+ * first.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "nic.h"
+
+struct outbox { /* answers that found no room */
+  struct outbox *next;
+  struct packet packet;
+};
+struct busy { /* a connection that waits for RETRY */
+  uint32_t index, serial, slot;
+};
+
+struct link {
+  uint32_t node;
+  struct link_queue *out;       /* ours */
+  const struct link_queue *in;  /* the peer's, NULL until it made it */
+  struct vmmc_door *door;       /* the peer's */
+  const struct vmmc_pub *pub;   /* the peer's */
+  uint32_t incarnation;         /* of the peer's NIC, as last seen */
+  uint64_t tail;                /* packets filled by us, published at the next ring */
+  uint64_t taken;               /* packets of `in` handled */
+  bool unrung;                  /* published something since the peer's doorbell was rung */
+  struct work *first, *last;    /* connections and commands with something to say */
+  struct outbox *outbox, **outbox_end;
+  struct busy *busy;
+  uint32_t busy_count, busy_size;
+  bool in_busy_links;
+  struct link *next_busy;       /* in nic.busy_links */
+};
+
+enum {
+  RECEIVE_SHARE = 64,  /* packets of one link before the next has its turn */
+  TRANSMIT_SHARE = 64, /* works of one link likewise */
+};
+
+uint32_t link_node(const struct link *link) { return link->node; }
+
+struct link *link_to(uint32_t node) {
+  if (node >= nic.nodes) {
+    errno = EHOSTUNREACH;
+    return NULL;
+  }
+  if (nic.link[node]) return nic.link[node];
+  struct link *link = calloc(1, sizeof *link);
+  if (!link) return NULL;
+  char what[32];
+  snprintf(what, sizeof what, "link.node%u", node);
+  link->node = node;
+  link->door = segment_map(node, "door", sizeof *link->door, true, NULL);
+  link->pub = link->door ? segment_map(node, "pub", sizeof *link->pub, false, NULL) : NULL;
+  link->out = link->pub ? segment_make(what, sizeof *link->out) : NULL;
+  if (!link->out) {
+    int error = errno == ENOENT ? EHOSTUNREACH : errno;
+    log_event("error", "no link to node%u: %s", node, strerror(errno));
+    free(link); /* what was mapped stays mapped: rare, and bounded by the number of nodes */
+    errno = error;
+    return NULL;
+  }
+  if (link->out->magic != VMMC_MAGIC) {
+    link->out->version = VMMC_LAYOUT_VERSION;
+    atomic_store_explicit(&link->out->want_room, UINT64_MAX, memory_order_relaxed);
+    link->out->magic = VMMC_MAGIC;
+  }
+  link->tail = atomic_load_explicit(&link->out->tail, memory_order_relaxed);
+  link->taken = atomic_load_explicit(&link->out->taken, memory_order_relaxed);
+  link->outbox_end = &link->outbox;
+  link->incarnation = atomic_load(&link->pub->incarnation);
+  nic.link[node] = link;
+  return link;
+}
+
+/* The peer's queue, once it has made it. */
+static bool link_opened(struct link *link) {
+  if (link->in) return true;
+  if (link->node == nic.node) {
+    link->in = link->out;
+    return true;
+  }
+  char what[32];
+  snprintf(what, sizeof what, "link.node%u", nic.node);
+  const struct link_queue *in = segment_map(link->node, what, sizeof *in, false, NULL);
+  if (in && in->magic == VMMC_MAGIC) link->in = in;
+  return link->in != NULL;
+}
+
+static uint64_t taken_by_peer(struct link *link) {
+  /* acquire: the peer has read the packets before it says so */
+  return link_opened(link) ? atomic_load_explicit(&link->in->taken, memory_order_acquire) : 0;
+}
+
+bool link_room(const struct link *link) {
+  return link->tail - taken_by_peer((struct link *)link) < LINK_PACKETS;
+}
+
+struct packet *link_next(struct link *link) {
+  struct packet *p = &link->out->packet[link->tail % LINK_PACKETS];
+  memset(p, 0, sizeof *p);
+  return p;
+}
+
+void link_push(struct link *link) {
+  link->out->packet[link->tail % LINK_PACKETS].sequence = link->tail;
+  link->tail++;
+  /* release: the packet, and the bytes that it refers to, before the count that publishes it */
+  atomic_store_explicit(&link->out->tail, link->tail, memory_order_release);
+  link->unrung = true;
+  COUNT_NODE(packets_sent, 1);
+}
+
+/* Tells the peer to look; wakes it when it sleeps. */
+static void link_ring(struct link *link) {
+  uint64_t bit = 1ull << nic.node % 64;
+  _Atomic uint64_t *word = &link->door->link[nic.node / 64];
+  uint64_t summary_bit = 1ull << nic.node / 64;
+  link->unrung = false;
+  /* Our stores come before the look at the bits, the peer clears them before it looks at our stores:
+   * a bit found set will still be cleared, and then our stores be seen. */
+  atomic_thread_fence(memory_order_seq_cst);
+  if (!(atomic_load_explicit(word, memory_order_relaxed) & bit)) atomic_fetch_or(word, bit);
+  if (!(atomic_load(&link->door->summary) & summary_bit)) atomic_fetch_or(&link->door->summary, summary_bit);
+  atomic_thread_fence(memory_order_seq_cst);
+  if (link->node != nic.node && atomic_load_explicit(&link->pub->asleep, memory_order_relaxed))
+    vmmc_futex_wake(&link->pub->asleep);
+}
+
+static void link_activate(struct link *link) {
+  if (link->in_busy_links) return;
+  link->in_busy_links = true;
+  link->next_busy = nic.busy_links;
+  nic.busy_links = link;
+}
+
+void link_enqueue(struct link *link, struct work *work) {
+  link_activate(link);
+  if (work->queued) return;
+  work->queued = true;
+  work->next = NULL;
+  if (link->last)
+    link->last->next = work;
+  else
+    link->first = work;
+  link->last = work;
+}
+
+void link_forget(struct link *link, struct work *work) {
+  if (!work->queued) return;
+  struct work *previous = NULL;
+  for (struct work *w = link->first; w; previous = w, w = w->next) {
+    if (w != work) continue;
+    if (previous)
+      previous->next = w->next;
+    else
+      link->first = w->next;
+    if (link->last == w) link->last = previous;
+    break;
+  }
+  work->queued = false;
+}
+
+void link_reply(struct link *link, const struct packet *p) {
+  link_activate(link);
+  if (!link->outbox && link_room(link)) {
+    *link_next(link) = *p;
+    link_push(link);
+    return;
+  }
+  struct outbox *entry = malloc(sizeof *entry);
+  if (!entry) {
+    log_event("error", "out of memory: an answer to node%u is lost", link->node);
+    return;
+  }
+  *entry = (struct outbox){ NULL, *p };
+  *link->outbox_end = entry;
+  link->outbox_end = &entry->next;
+}
+
+void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot) {
+  if (link->busy_count == link->busy_size) {
+    uint32_t size = link->busy_size ? link->busy_size * 2 : 16;
+    struct busy *busy = realloc(link->busy, size * sizeof *busy);
+    if (!busy) {
+      connection_fail(e, slot, ETIMEDOUT);
+      return;
+    }
+    link->busy = busy;
+    link->busy_size = size;
+  }
+  link->busy[link->busy_count++] = (struct busy){ e->index, e->serial, slot };
+}
+
+static void link_retry(struct link *link) {
+  uint32_t count = link->busy_count;
+  link->busy_count = 0;
+  for (uint32_t i = 0; i < count; i++) {
+    struct endpoint *e = endpoint_find(link->busy[i].index, link->busy[i].serial);
+    if (!e) continue;
+    struct connection *c = connection_of(e, link->busy[i].slot);
+    if (c->state != CONNECTION_BUSY) continue;
+    c->state = CONNECTION_CONNECTING;
+    c->flags &= ~(uint32_t)SAID_CONNECT;
+    connection_enqueue(e, link->busy[i].slot);
+  }
+}
+
+/* What the peer's predecessor may not have heard or answered is said again: all of it is idempotent. */
+static void link_retell(struct link *link) {
+  log_event("info", "node%u has a new NIC: repeating what is unanswered", link->node);
+  for (uint32_t i = 0; i < nic.live_count; i++) {
+    struct endpoint *e = nic.endpoint[nic.live[i]];
+    for (uint32_t slot = 0; slot < e->own->active_end; slot++)
+      if (e->own->connection[slot].far_node == link->node) connection_retell(e, slot);
+    for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++)
+      if (e->own->connection[slot].far_node == link->node) connection_retell(e, slot);
+    command_retell(e, link->node);
+  }
+  link_retry(link);
+}
+
+static void dispatch(struct link *link, const struct packet *p) {
+  COUNT_NODE(packets_received, 1);
+  switch (p->type) {
+    case PACKET_CONNECT: case PACKET_ACCEPTED: case PACKET_REFUSED: case PACKET_BUSY: case PACKET_DATA:
+    case PACKET_CREDIT: case PACKET_FIN: case PACKET_CLOSE: case PACKET_RESET: case PACKET_CLOSED:
+      connection_packet(link, p);
+      break;
+    case PACKET_RETRY: link_retry(link); break;
+    case PACKET_IMPORT: export_answer(link, p); break;
+    case PACKET_IMPORTED: case PACKET_SENT: case PACKET_FETCHED: command_packet(link, p); break;
+    case PACKET_SEND: transfer_send_arrived(link, p); break;
+    case PACKET_FETCH: transfer_fetch_arrived(link, p); break;
+    case PACKET_GONE: remote_gone(link->node, p->from.serial); break;
+    default: COUNT_NODE(packets_dropped, 1);
+  }
+}
+
+static int link_receive(struct link *link) {
+  if (!link_opened(link)) return 0;
+  uint32_t incarnation = atomic_load(&link->pub->incarnation);
+  if (incarnation != link->incarnation) {
+    link->incarnation = incarnation;
+    link_retell(link);
+  }
+  /* acquire: the packets that it counts */
+  uint64_t tail = atomic_load_explicit(&link->in->tail, memory_order_acquire);
+  int done = 0;
+  for (; link->taken < tail && done < RECEIVE_SHARE; done++) {
+    dispatch(link, &link->in->packet[link->taken % LINK_PACKETS]);
+    link->taken++;
+    /* release: all that the packet asked for is done and recorded, its place may be used again */
+    atomic_store_explicit(&link->out->taken, link->taken, memory_order_release);
+  }
+  if (done) {
+    atomic_thread_fence(memory_order_seq_cst);
+    uint64_t want = atomic_load_explicit(&link->in->want_room, memory_order_relaxed);
+    if (link->taken >= want && link->taken - (uint64_t)done < want) link_ring(link);
+  }
+  if (link->taken < tail) {
+    /* More than its share: come back after the others. */
+    atomic_fetch_or(&nic.door->link[link->node / 64], 1ull << link->node % 64);
+    atomic_fetch_or(&nic.door->summary, 1ull << link->node / 64);
+  }
+  if (link->first || link->outbox) link_activate(link); /* the peer may have made room */
+  return done;
+}
+
+int links_receive(void) {
+  int done = 0;
+  /* Plain look first: the exchange would take the cache line from whoever rings it. */
+  if (!atomic_load_explicit(&nic.door->summary, memory_order_relaxed)) return 0;
+  for (uint64_t summary = atomic_exchange(&nic.door->summary, 0); summary; summary &= summary - 1) {
+    uint32_t word = (uint32_t)__builtin_ctzll(summary);
+    if (word >= VMMC_NODES_MAX / 64) break;
+    for (uint64_t bits = atomic_exchange(&nic.door->link[word], 0); bits; bits &= bits - 1) {
+      struct link *link = link_to(word * 64 + (uint32_t)__builtin_ctzll(bits));
+      done++;
+      if (link) done += link_receive(link);
+    }
+  }
+  return done;
+}
+
+static void link_flush_outbox(struct link *link) {
+  while (link->outbox && link_room(link)) {
+    struct outbox *entry = link->outbox;
+    *link_next(link) = entry->packet;
+    link_push(link);
+    link->outbox = entry->next;
+    if (!link->outbox) link->outbox_end = &link->outbox;
+    free(entry);
+  }
+}
+
+/* Emits what there is room for.  True: something is left and there is room for it. */
+static bool link_transmit(struct link *link, int *done) {
+  uint64_t before = link->tail;
+  link_flush_outbox(link);
+  for (int share = 0; link->first && !link->outbox && link_room(link) && share < TRANSMIT_SHARE; share++) {
+    struct work *work = link->first;
+    link->first = work->next;
+    if (!link->first) link->last = NULL;
+    work->queued = false;
+    if (work->transmit(work, link)) link_enqueue(link, work);
+    ++*done;
+  }
+  *done += (int)(link->tail - before);
+  if (link->unrung) link_ring(link);
+  if (!link->first && !link->outbox) {
+    atomic_store_explicit(&link->out->want_room, UINT64_MAX, memory_order_relaxed);
+    return false;
+  }
+  if (link_room(link)) return true;
+  /* Full: ask to be rung when half of it is free, then look again (the peer takes first, then looks
+   * at want_room). */
+  atomic_store(&link->out->want_room, link->tail - LINK_PACKETS / 2);
+  atomic_thread_fence(memory_order_seq_cst);
+  return link_opened(link) && taken_by_peer(link) >= link->tail - LINK_PACKETS / 2;
+}
+
+int links_transmit(void) {
+  int done = 0;
+  struct link *list = nic.busy_links;
+  nic.busy_links = NULL;
+  while (list) {
+    struct link *link = list;
+    list = link->next_busy;
+    link->in_busy_links = false;
+    if (link_transmit(link, &done)) link_activate(link);
+  }
+  return done;
+}
+
+bool links_have_work(void) {
+  if (atomic_load(&nic.door->summary)) return true;
+  return nic.busy_links != NULL;
+}
+
+void links_recover(void) {
+  /* Every peer that has a queue to us, or we to it, hears of the new incarnation and looks. */
+  for (uint32_t node = 0; node < nic.nodes; node++) {
+    char what[32];
+    snprintf(what, sizeof what, "link.node%u", node);
+    struct link_queue *mine = segment_map(nic.node, what, sizeof *mine, false, NULL);
+    if (!mine) continue;
+    struct link *link = link_to(node);
+    if (!link) continue;
+    atomic_fetch_or(&nic.door->link[node / 64], 1ull << node % 64);
+    atomic_fetch_or(&nic.door->summary, 1ull << node / 64);
+    link->unrung = true;
+    link_activate(link);
+  }
+}

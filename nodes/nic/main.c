@@ -1,0 +1,139 @@
+/*
+ * main.c: the NIC's life: arguments, the node's segments, and the duty cycle.
+ *
+ *     vmmc-nic --cluster NAME --uid UID --node I --nodes N --control FD
+ */
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+
+#include "nic.h"
+
+struct nic nic = { .control_fd = -1 };
+
+static volatile sig_atomic_t stop;
+
+static void on_stop(int signal_number) {
+  (void)signal_number;
+  stop = 1;
+  if (nic.pub) atomic_store(&nic.pub->asleep, 0); /* one that is about to sleep does not */
+}
+
+static void usage(const char *problem) {
+  fprintf(stderr, "vmmc-nic: %s\nusage: vmmc-nic --cluster NAME --uid UID --node I --nodes N --control FD\n", problem);
+  exit(2);
+}
+
+static uint32_t number(const char *option, const char *text, uint32_t maximum) {
+  char *end;
+  unsigned long value = strtoul(text, &end, 10);
+  if (!*text || *end || value > maximum) {
+    char problem[160];
+    snprintf(problem, sizeof problem, "%s takes a number up to %u, not '%s'", option, maximum, text);
+    usage(problem);
+  }
+  return (uint32_t)value;
+}
+
+static int parse(int count, char **argument) {
+  int control = -1;
+  bool node = false;
+  for (int i = 1; i < count; i += 2) {
+    const char *option = argument[i], *value = i + 1 < count ? argument[i + 1] : "";
+    if (!strcmp(option, "--cluster")) {
+      if (!*value || strlen(value) > VMMC_NAME_MAX) usage("--cluster takes a name of 1 to 32 characters");
+      snprintf(nic.cluster, sizeof nic.cluster, "%s", value);
+    } else if (!strcmp(option, "--uid")) {
+      nic.uid = number(option, value, UINT32_MAX);
+    } else if (!strcmp(option, "--node")) {
+      nic.node = number(option, value, VMMC_NODES_MAX - 1);
+      node = true;
+    } else if (!strcmp(option, "--nodes")) {
+      nic.nodes = number(option, value, VMMC_NODES_MAX);
+    } else if (!strcmp(option, "--control")) {
+      control = (int)number(option, value, INT32_MAX);
+    } else {
+      usage("an option that it does not have");
+    }
+  }
+  if (!*nic.cluster || !node || nic.node >= nic.nodes || control < 0) usage("an option is missing");
+  return control;
+}
+
+static void *map_own(const char *what, uint64_t bytes, uint64_t committed) {
+  int fd;
+  void *base = segment_map(nic.node, what, bytes, true, &fd);
+  if (!base) {
+    log_event("error", "cannot map segment %s: %s", what, strerror(errno));
+    exit(1);
+  }
+  if (!segment_commit(fd, 0, committed)) exit(1);
+  close(fd);
+  return base;
+}
+
+static void take_over(void) {
+  nic.door = map_own("door", sizeof *nic.door, sizeof *nic.door);
+  nic.state = map_own("state", STATE_BYTES, offsetof(struct node_state, binding) + 64 * sizeof(struct binding));
+  nic.pub = map_own("pub", sizeof *nic.pub, sizeof *nic.pub);
+  struct vmmc_pub *pub = nic.pub;
+  pub->version = VMMC_LAYOUT_VERSION;
+  pub->node = nic.node;
+  pub->nodes = nic.nodes;
+  atomic_store(&pub->asleep, 0);
+  atomic_store(&pub->nic_pid, getpid());
+  /* Peers that see the new number repeat what the predecessor may have left unanswered. */
+  atomic_fetch_add(&pub->incarnation, 1);
+  pub->magic = VMMC_MAGIC;
+  if (atomic_load(&pub->incarnation) > 1) links_recover();
+}
+
+static bool have_work(void) { return stop || control_has_work() || endpoints_have_work() || links_have_work(); }
+
+/* Sleeps until somebody wakes the word.  Announce, look again, sleep: see architecture, "Waking". */
+static void sleep_until_woken(void) {
+  atomic_store(&nic.pub->asleep, 1);
+  atomic_thread_fence(memory_order_seq_cst);
+  if (!have_work()) {
+    COUNT_NODE(sleeps, 1);
+    syscall(SYS_futex, &nic.pub->asleep, FUTEX_WAIT, 1, NULL, NULL, 0);
+  }
+  atomic_store(&nic.pub->asleep, 0);
+}
+
+int main(int count, char **argument) {
+  int control = parse(count, argument);
+  fcntl(control, F_SETFD, FD_CLOEXEC);
+  char title[16];
+  snprintf(title, sizeof title, "vmmc-nic%u", nic.node);
+  prctl(PR_SET_NAME, title);
+  signal(SIGPIPE, SIG_IGN);
+  signal(SIGINT, SIG_IGN); /* Ctrl-C is for programs, not for the cluster */
+  struct sigaction action = { .sa_handler = on_stop };
+  sigaction(SIGTERM, &action, NULL);
+  dma_start();
+  take_over();
+  control_start(control);
+  log_event("info", "serving %s, pid %d, incarnation %u", nic.cluster, getpid(), atomic_load(&nic.pub->incarnation));
+  control_say(VMMC_CONTROL_READY, 0, 0, getpid());
+
+  struct vmmc_idle idle = { 0 };
+  while (!stop) {
+    int done = 0;
+    done += control_work();
+    done += endpoints_work();
+    done += links_receive();
+    done += links_transmit();
+    if (done) {
+      vmmc_idle_reset(&idle);
+    } else if (!vmmc_idle_poll(&idle)) {
+      sleep_until_woken();
+      vmmc_idle_reset(&idle);
+    }
+  }
+  log_event("info", "ending");
+  return 0;
+}

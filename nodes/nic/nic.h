@@ -1,0 +1,258 @@
+/*
+ * nic.h: the NIC of one node, as its firmware sees it.
+ *
+ * The NIC is a duty cycle (main.c): it looks at its daemon, its endpoints' doorbells, its links and
+ * what it has yet to transmit, and sleeps when nothing of that gave work.  It is single-threaded.
+ *
+ *   endpoint.c    programs attached to the node: their segments and doorbells, and their end
+ *   port.c        the node's ports: who is bound to what
+ *   connection.c  stream connections: set-up, credit, end of file, close and reset
+ *   stream.c      their bytes: transmit and place
+ *   redirect.c    whether bytes go to a posted address instead of the default buffer
+ *   command.c     VMMC commands of a program: taken, answered
+ *   export.c      exported buffers and imports of others' buffers
+ *   transfer.c    send and fetch between them, notifications
+ *   utlb.c        translations of programs' pages
+ *   dma.c         the copy itself, which survives memory that is not there
+ *   link.c        the ordered channel to another NIC
+ *   packet.h      what travels on it
+ *   wake.c        waking programs
+ *   control.c     the daemon
+ *   segment.c     mapping shared memory by name
+ *   own.h         what the NIC must remember, in shared memory that a successor maps
+ */
+#ifndef NIC_H
+#define NIC_H
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "own.h"
+#include "packet.h"
+#include "vmmc_attach.h"
+#include "vmmc_idle.h"
+#include "vmmc_layout.h"
+
+struct link;
+struct endpoint;
+
+/* Something that has packets for a link.  A member of the link's queue at most once. */
+struct work {
+  struct work *next;
+  bool queued;
+  /* Emits packets while link_room() allows and its fair share lasts.  True: has more to say. */
+  bool (*transmit)(struct work *work, struct link *link);
+};
+
+/* A connection's part that a successor rebuilds: one for each slot, beside struct connection. */
+struct slot_work {
+  struct work work;
+  struct endpoint *endpoint;
+  struct remote *remote;  /* mapping of the peer's segment, once data came from it */
+  uint64_t last_event;    /* position + 1 of its newest entry in the event ring */
+  uint32_t slot;
+};
+
+/* A command's likewise: one for each place in the command queue. */
+struct command_work {
+  struct work work;
+  struct endpoint *endpoint;
+  uint32_t place;
+};
+
+/* A program attached to this node. */
+struct endpoint {
+  uint32_t index, serial;
+  int32_t pid;
+  bool dying; /* its process is gone: deliver, then free */
+  char *app, *nic;
+  int nic_fd, own_fd; /* to commit pages */
+  struct own *own;
+  struct slot_work *work;            /* VMMC_SLOTS, sparse */
+  struct command_work command[VMMC_COMMANDS];
+  uint64_t commands_taken;           /* command_tail up to which commands were taken */
+  bool vmmc_committed;               /* the tables that commands need are allocated */
+  uint64_t events_committed;         /* bytes of the event ring that are */
+  int waker[VMMC_WAKERS];            /* event descriptors, -1: none */
+};
+
+/* A peer's segment, mapped read-only to copy from. */
+struct remote {
+  struct remote *next;
+  uint32_t node, serial;
+  uint32_t references; /* connections that use it */
+  bool gone;           /* its NIC said that the endpoint ended */
+  char *app;
+};
+
+struct nic {
+  char cluster[VMMC_NAME_MAX + 1];
+  uint32_t uid, node, nodes;
+  struct vmmc_pub *pub;
+  struct vmmc_door *door;
+  struct node_state *state;
+  struct endpoint *endpoint[VMMC_ENDPOINTS_MAX]; /* by index */
+  uint32_t live[VMMC_ENDPOINTS_MAX];             /* indices in use, dense */
+  uint32_t live_count;
+  struct link *link[VMMC_NODES_MAX]; /* by node, made when they first talk */
+  struct link *busy_links;           /* links with something to transmit */
+  struct remote *remotes;
+  int control_fd;
+};
+extern struct nic nic;
+
+/* ---- counters: one writer, so a plain load and store will do ---- */
+#define COUNT_IN(counters, name, n)                                                                     \
+  atomic_store_explicit(&(counters)->name, atomic_load_explicit(&(counters)->name, memory_order_relaxed) + (n), \
+                        memory_order_relaxed)
+#define COUNT_NODE(name, n) COUNT_IN(&nic.pub->counters, name, n)
+#define COUNT(endpoint, name, n)                                  \
+  do {                                                            \
+    COUNT_NODE(name, n);                                          \
+    COUNT_IN(&nic_header(endpoint)->counters, name, n);           \
+  } while (0)
+
+/* ---- log.c ---- */
+__attribute__((format(printf, 2, 3))) void log_event(const char *level, const char *format, ...);
+
+/* ---- segment.c: NULL with errno set on failure ---- */
+void *segment_map(uint32_t node, const char *what, uint64_t bytes, bool writable, int *fd_out);
+void *segment_make(const char *what, uint64_t bytes); /* of this node; opens it when it exists */
+
+/* Allocates pages before anything is stored in them: a full /dev/shm is an error here, not a SIGBUS
+ * there.  False: no room. */
+bool segment_commit(int fd, uint64_t offset, uint64_t length);
+
+/* ---- parts of an endpoint's segments ---- */
+static inline struct vmmc_app_header *app_header(const struct endpoint *e) { return (void *)e->app; }
+static inline struct vmmc_nic_header *nic_header(const struct endpoint *e) { return (void *)e->nic; }
+static inline struct vmmc_app_slot *app_slot(const struct endpoint *e, uint32_t slot) {
+  return (struct vmmc_app_slot *)(e->app + VMMC_APP_SLOTS) + slot;
+}
+static inline struct vmmc_nic_slot *nic_slot(const struct endpoint *e, uint32_t slot) {
+  return (struct vmmc_nic_slot *)(e->nic + VMMC_NIC_SLOTS) + slot;
+}
+static inline char *default_buffer(const struct endpoint *e, uint32_t slot) {
+  return e->nic + VMMC_NIC_RINGS + (uint64_t)slot * VMMC_RING;
+}
+static inline struct connection *connection_of(const struct endpoint *e, uint32_t slot) {
+  return &e->own->connection[slot];
+}
+
+/* ---- endpoint.c ---- */
+void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid);
+void endpoint_detach(uint32_t index, uint32_t serial);
+void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd);
+int endpoints_work(void);        /* duty: doorbells; returns how much was done */
+bool endpoints_have_work(void);  /* looks only: before sleeping */
+struct endpoint *endpoint_find(uint32_t index, uint32_t serial);
+void endpoint_settle(struct endpoint *e); /* dying and nothing left: tell the daemon, forget */
+struct remote *remote_find(uint32_t node, uint32_t serial); /* maps it when needed; NULL: cannot */
+void remote_release(struct remote *remote);
+void remote_gone(uint32_t node, uint32_t serial);
+
+/* ---- port.c: 0 or an errno ---- */
+int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags);
+int port_ephemeral(struct endpoint *e, uint32_t slot, struct vmmc_address *address);
+int port_listen(struct endpoint *e, uint32_t slot);
+void port_release(struct connection *c);
+struct binding *port_listener(const struct vmmc_address *to, const struct vmmc_address *from);
+
+/* ---- connection.c ---- */
+void connection_look(struct endpoint *e, uint32_t slot); /* the app rang for this slot */
+void connection_recover(struct endpoint *e, uint32_t slot); /* a successor takes it over */
+void connection_packet(struct link *link, const struct packet *p);
+void connection_retell(struct endpoint *e, uint32_t slot); /* the peer's NIC is a new one */
+
+/* The app's half of a slot, read once.  Not the connection's generation: nothing written or read. */
+struct half {
+  uint64_t written, consumed;
+  uint32_t shut; /* VMMC_SHUT_*, VMMC_CLOSED, VMMC_ABORT */
+};
+struct half connection_half(struct endpoint *e, uint32_t slot);
+uint64_t connection_credit(struct endpoint *e, uint32_t slot); /* the limit to tell the peer now */
+bool connection_transmit(struct work *work, struct link *link);
+void connection_fail(struct endpoint *e, uint32_t slot, int error); /* the connection is dead */
+bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto); /* its default buffer */
+void connection_enqueue(struct endpoint *e, uint32_t slot);
+
+/* ---- stream.c ---- */
+void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint64_t written); /* a piece */
+void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p);
+
+/* ---- redirect.c ---- */
+struct redirection {                             /* one posted redirection, either kind */
+  struct endpoint *endpoint;
+  const _Atomic uint64_t *post;                  /* app's: generation, offset, length, position … */
+  const uint64_t *offset, *length, *position;
+  _Atomic uint64_t *claim, *told, *from, *to;    /* NIC's */
+  uint64_t claimed;                              /* generation held by this NIC now, 0: none */
+};
+struct redirection redirection_of_slot(struct endpoint *e, uint32_t slot);
+struct redirection redirection_of_export(struct endpoint *e, uint32_t id);
+/* How the bytes [at, at + length) begin: returns a run length and in *to where it goes, NULL for the
+ * default place.  Holds the claim until redirect_done. */
+uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, char **to);
+void redirect_copied(struct redirection *r, uint64_t upto); /* bytes before `upto` are there */
+void redirect_done(struct redirection *r);                  /* after the position was published */
+void redirect_recover(struct redirection *r, uint64_t placed);
+
+/* ---- command.c ---- */
+int commands_work(struct endpoint *e);
+void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id, uint64_t length,
+                      uint32_t permissions);
+void command_packet(struct link *link, const struct packet *p); /* answers to own commands */
+void command_retell(struct endpoint *e, uint32_t node);
+
+/* ---- export.c ---- */
+int export_make(struct endpoint *e, const struct vmmc_command *command);
+int export_end(struct endpoint *e, uint32_t id);
+void export_end_all(struct endpoint *e);
+void export_answer(struct link *link, const struct packet *p); /* IMPORT of a peer */
+int export_check(struct endpoint *e, const struct packet *p, uint32_t permission); /* errno or 0 */
+
+/* ---- transfer.c ---- */
+bool transfer_transmit(struct work *work, struct link *link);
+void transfer_send_arrived(struct link *link, const struct packet *p);
+void transfer_fetch_arrived(struct link *link, const struct packet *p);
+void transfer_fetched(struct endpoint *e, const struct packet *p);
+
+/* ---- utlb.c: 0, or EFAULT when a page of the range may not be touched ---- */
+int utlb_translate(struct endpoint *e, uint64_t offset, uint64_t length);
+void utlb_forget(uint32_t serial);
+
+/* ---- dma.c: 0, or EFAULT when memory of either side is not there ---- */
+void dma_start(void);
+int dma_copy(void *to, const void *from, size_t length);
+
+/* ---- link.c ---- */
+struct link *link_to(uint32_t node);               /* NULL with errno set: no such node */
+bool link_room(const struct link *link);
+struct packet *link_next(struct link *link);       /* the packet to fill; link_room() must hold */
+void link_push(struct link *link);                 /* publishes it */
+void link_reply(struct link *link, const struct packet *p); /* a packet that never waits for room */
+void link_enqueue(struct link *link, struct work *work);
+void link_forget(struct link *link, struct work *work); /* takes it out of the queue */
+int links_receive(void);                           /* duty */
+int links_transmit(void);                          /* duty */
+bool links_have_work(void);
+void links_recover(void);
+uint32_t link_node(const struct link *link);
+void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot); /* until RETRY comes */
+
+/* ---- wake.c: call after the state that matters is stored ---- */
+enum { WAKE_READERS = 1, WAKE_WRITERS = 2, WAKE_BOTH = 3 };
+void wake_slot(struct endpoint *e, uint32_t slot, int whom);
+void wake_completion(struct endpoint *e);
+void wake_notification(struct endpoint *e);
+
+/* ---- control.c ---- */
+void control_start(int fd);
+int control_work(void);
+bool control_has_work(void);
+void control_say(uint32_t kind, uint32_t endpoint, uint32_t serial, int32_t value);
+
+#endif

@@ -1,0 +1,133 @@
+/*
+ * own.h: what a NIC must remember, in segments that only it writes and only it (and its successor)
+ * maps: `own` of each endpoint, `state` of the node, `link` to each peer.
+ */
+#ifndef NIC_OWN_H
+#define NIC_OWN_H
+
+#include "packet.h"
+#include "vmmc_layout.h"
+
+enum connection_state {
+  CONNECTION_NONE,       /* the slot is free */
+  CONNECTION_IDLE,       /* taken by the app, perhaps bound */
+  CONNECTION_LISTENING,
+  CONNECTION_CONNECTING, /* CONNECT is to be sent or was */
+  CONNECTION_BUSY,       /* the peer's backlog is full */
+  CONNECTION_ESTABLISHED,
+  CONNECTION_CLOSING,    /* CLOSE or RESET is sent: waits for CLOSED */
+  CONNECTION_DEAD,       /* nothing is left to say to the peer; the app has yet to close */
+};
+
+enum { /* connection.flags */
+  SAID_CONNECT = 1,
+  SAID_FIN = 2,
+  HEARD_FIN = 4,
+  HEARD_CLOSE = 8,
+  SAID_RESET = 16,    /* CLOSING by RESET instead of CLOSE */
+  APP_CLOSED = 32,    /* the app closed the slot while it was still connecting */
+  PASSIVE = 64,
+  CONNECT_AGAIN = 128,  /* CONNECT may have been handled by a NIC that has died since */
+};
+
+struct connection {
+  uint32_t generation;
+  uint32_t state; /* enum connection_state */
+  uint32_t flags;
+  uint32_t requested;           /* newest request that was answered */
+  struct vmmc_address local, peer;
+  struct packet_end far;        /* the peer's end */
+  uint32_t far_node;
+  uint32_t binding;             /* index + 1 in node_state.binding, 0: none */
+  uint64_t transmitted;         /* bytes handed to the link */
+  uint64_t far_limit;           /* position up to which the peer takes bytes */
+  uint64_t far_consumed;
+  uint64_t placed;              /* bytes in the default buffer or redirected; listening: entries × 8 */
+  uint64_t consumed;            /* newest checked value of the app's */
+  uint64_t told;                /* limit told to the peer */
+  uint64_t grown;               /* consumed when the window last grew */
+  uint32_t window;
+  uint32_t backlog;             /* listening */
+  uint64_t committed;           /* bytes of the default buffer that are allocated, kept across uses */
+  uint64_t waiting[VMMC_NODES_MAX / 64]; /* listening: nodes that were told BUSY */
+  uint32_t next_free;           /* passive and free: the next one + 1 */
+};
+
+struct own_export {
+  uint32_t generation; /* 0: not in use since the endpoint began */
+  uint32_t used;
+  uint64_t offset, length;
+  uint32_t permissions, node;
+  char name[VMMC_NAME_MAX + 1];
+};
+
+struct own_import {
+  uint32_t used;
+  uint32_t node;
+  struct packet_end far; /* endpoint, serial; slot: export id; generation: of the export */
+  uint64_t length;
+  uint32_t permissions;
+};
+
+enum command_state {
+  COMMAND_NONE,
+  COMMAND_WAITS,    /* to be sent to the peer, or (a transfer) with pieces left to send */
+  COMMAND_ANSWER,   /* everything was sent, the answer is awaited */
+};
+
+struct own_command { /* the command that was taken, checked */
+  struct vmmc_command command;
+  uint32_t state; /* enum command_state */
+  struct own_import import; /* transfers: as it was when the command was taken */
+  uint64_t moved;           /* bytes of a transfer that were sent or fetched */
+};
+
+struct own {
+  uint32_t magic, version, serial;
+  uint32_t open;            /* connections not NONE */
+  uint32_t active_end;      /* one past the highest active slot ever used */
+  uint32_t passive_end;     /* the same for passive slots */
+  uint32_t free_passive;    /* index + 1, chained by next_free */
+  uint32_t pad;
+  struct own_command command[VMMC_COMMANDS];
+  struct own_export export[VMMC_EXPORTS];
+  struct own_import import[VMMC_EXPORTS];
+  struct connection connection[VMMC_SLOTS];
+};
+
+/* A socket's claim to a port. */
+struct binding {
+  uint32_t used;
+  uint32_t next; /* index + 1 of the next in this bucket */
+  uint32_t endpoint, serial, slot, generation;
+  uint32_t flags; /* VMMC_BIND_* */
+  uint32_t listening;
+  struct vmmc_address address;
+};
+
+enum { BINDINGS = 65536, PORT_BUCKETS = 512, STATE_BYTES = 64 << 20, OWN_BYTES = 64 << 20 };
+
+struct node_state {
+  uint32_t magic, version;
+  uint32_t next_ephemeral;
+  uint32_t free_binding; /* index + 1 of a freed one, chained by next */
+  uint32_t bindings_end; /* one past the highest ever used */
+  uint32_t round_robin;  /* among listeners that share a port */
+  uint32_t bucket[PORT_BUCKETS]; /* index + 1 of the first binding whose port is this, mod PORT_BUCKETS */
+  struct binding binding[BINDINGS];
+};
+
+/* The queue of packets to one peer.  Writer: the sending NIC; mapped read-only by the peer's. */
+enum { LINK_PACKETS = 256 };
+struct link_queue {
+  uint32_t magic, version;
+  _Alignas(VMMC_LINE) _Atomic uint64_t tail;      /* packets published */
+  _Alignas(VMMC_LINE) _Atomic uint64_t taken;     /* packets of the opposite queue that were handled */
+  _Alignas(VMMC_LINE) _Atomic uint64_t want_room; /* ring me when you have taken this many; ~0: no */
+  _Alignas(VMMC_LINE) struct packet packet[LINK_PACKETS];
+};
+
+_Static_assert(sizeof(struct own) <= OWN_BYTES, "own fits");
+_Static_assert(sizeof(struct node_state) <= STATE_BYTES, "state fits");
+
+#endif

@@ -1,0 +1,69 @@
+/* packet.h: what two NICs say to each other.  NICs trust each other; programs write none of this. */
+#ifndef NIC_PACKET_H
+#define NIC_PACKET_H
+
+#include "vmmc_layout.h"
+
+enum packet_type {
+  PACKET_NONE,
+  /* connections */
+  PACKET_CONNECT,  /* local, peer, limit: will you accept */
+  PACKET_ACCEPTED, /* source: the new connection; limit */
+  PACKET_REFUSED,  /* error */
+  PACKET_BUSY,     /* backlog full: wait for RETRY */
+  PACKET_RETRY,    /* to a node, not a connection: its BUSY connections may ask again */
+  PACKET_DATA,     /* position, length: bytes in the sender's transmit ring; limit */
+  PACKET_CREDIT,   /* limit, position: consumed */
+  PACKET_FIN,      /* position: the stream's end */
+  PACKET_CLOSE,    /* the same, and the sender reads no more; answered by CLOSED */
+  PACKET_RESET,    /* the connection is dead; answered by CLOSED when `flags` asks */
+  PACKET_CLOSED,   /* nothing of the connection is left here that could refer to yours */
+  /* VMMC */
+  PACKET_IMPORT,   /* name or id */
+  PACKET_IMPORTED, /* error, id, generation, length, flags: permissions */
+  PACKET_SEND,     /* a piece: remote (in the export), position (in the source heap), length */
+  PACKET_SENT,     /* error, or the last piece is placed */
+  PACKET_FETCH,    /* a piece: remote, length */
+  PACKET_FETCHED,  /* error, or position: where in the exporter's heap the piece can be copied from */
+  PACKET_GONE,     /* endpoint `source` has ended: forget its memory */
+};
+
+enum { /* packet.flags */
+  PACKET_LAST = 1,        /* SEND: the last piece */
+  PACKET_NOTIFY = 2,      /* SEND: notify with the last piece */
+  PACKET_WANT_CLOSED = 4, /* RESET: answer with CLOSED */
+  PACKET_AGAIN = 8,       /* CONNECT, SEND: perhaps handled before, by a NIC that has died since */
+};
+
+/* One end: the slot of a connection, or the command (VMMC) of an endpoint. */
+struct packet_end {
+  uint32_t endpoint, serial, slot, generation;
+};
+
+struct packet {
+  _Alignas(VMMC_LINE) uint64_t sequence; /* of the link */
+  uint8_t type;                          /* enum packet_type */
+  uint8_t flags;
+  uint16_t error; /* errno */
+  uint32_t length;
+  struct packet_end to, from;
+  uint64_t position;
+  uint64_t limit; /* stream position up to which the other side may write */
+  union {
+    struct { /* CONNECT */
+      struct vmmc_address local, peer;
+    };
+    struct { /* VMMC */
+      uint64_t command;  /* index of the command */
+      uint64_t remote;   /* offset in the exported buffer */
+      uint64_t total;    /* IMPORTED: bytes of the export; SEND: bytes that a notification speaks of */
+      uint32_t export_id;
+      uint32_t tag;
+      char name[VMMC_NAME_MAX];
+    };
+  };
+};
+
+_Static_assert(sizeof(struct packet) == 2 * VMMC_LINE, "two lines");
+
+#endif

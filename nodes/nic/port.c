@@ -1,0 +1,150 @@
+/*
+ * port.c: the node's ports.  A binding is a socket's claim to one; the rules of who may share are
+ * Linux's (SO_REUSEADDR, SO_REUSEPORT, wildcards, the two families).
+ */
+#include <netinet/in.h>
+#include <string.h>
+
+#include "nic.h"
+
+enum { EPHEMERAL_FIRST = 32768, EPHEMERAL_LAST = 60999 }; /* Linux's default range */
+
+static const uint8_t mapped_prefix[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
+
+static bool is_ipv4(const struct vmmc_address *a) { return !memcmp(a->ip, mapped_prefix, 12); }
+
+static bool is_any(const struct vmmc_address *a) {
+  static const uint8_t zero[16];
+  return is_ipv4(a) ? !memcmp(a->ip + 12, zero, 4) : !memcmp(a->ip, zero, 16);
+}
+
+/* Does a binding to `bound` take packets to `ip` (or, both wildcards, overlap with it)? */
+static bool covers(const struct binding *b, const struct vmmc_address *to) {
+  if (!memcmp(b->address.ip, to->ip, 16)) return true;
+  if (!is_any(&b->address)) return false;
+  if (is_ipv4(&b->address)) return is_ipv4(to);
+  return !is_ipv4(to) || !(b->flags & VMMC_BIND_V6ONLY);
+}
+
+static bool overlap(const struct binding *a, const struct binding *b) {
+  return covers(a, &b->address) || covers(b, &a->address);
+}
+
+static bool conflict(const struct binding *a, const struct binding *b) {
+  if (a->address.port != b->address.port || !overlap(a, b)) return false;
+  if (a->flags & b->flags & VMMC_BIND_REUSEPORT) return false;
+  if ((a->flags & b->flags & VMMC_BIND_REUSEADDR) && !a->listening && !b->listening) return false;
+  return true;
+}
+
+static uint32_t *bucket_of(uint16_t port) { return &nic.state->bucket[port % PORT_BUCKETS]; }
+
+static bool conflicts(const struct binding *candidate, uint32_t except) {
+  for (uint32_t i = *bucket_of(candidate->address.port); i; i = nic.state->binding[i - 1].next)
+    if (i != except && conflict(candidate, &nic.state->binding[i - 1])) return true;
+  return false;
+}
+
+static bool port_in_use(uint16_t port) {
+  for (uint32_t i = *bucket_of(port); i; i = nic.state->binding[i - 1].next)
+    if (nic.state->binding[i - 1].address.port == port) return true;
+  return false;
+}
+
+/* Enters a binding for the connection.  0: the table is full. */
+static uint32_t enter(struct endpoint *e, uint32_t slot, const struct binding *candidate) {
+  struct node_state *s = nic.state;
+  uint32_t i = s->free_binding;
+  if (i) {
+    s->free_binding = s->binding[i - 1].next;
+  } else {
+    if (s->bindings_end == BINDINGS) return 0;
+    i = ++s->bindings_end;
+  }
+  struct binding *b = &s->binding[i - 1];
+  *b = *candidate;
+  b->used = 1;
+  b->endpoint = e->index;
+  b->serial = e->serial;
+  b->slot = slot;
+  b->generation = connection_of(e, slot)->generation;
+  b->next = *bucket_of(b->address.port);
+  *bucket_of(b->address.port) = i;
+  return i;
+}
+
+static uint16_t choose_port(void) {
+  uint32_t range = EPHEMERAL_LAST - EPHEMERAL_FIRST + 1;
+  for (uint32_t tries = 0; tries < range; tries++) {
+    uint16_t port = (uint16_t)(EPHEMERAL_FIRST + nic.state->next_ephemeral++ % range);
+    if (!port_in_use(port)) return port;
+  }
+  return 0;
+}
+
+int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags) {
+  struct connection *c = connection_of(e, slot);
+  if (c->binding) return EINVAL; /* bound already */
+  struct binding candidate = { .flags = flags, .address = *address };
+  if (!candidate.address.port && !(candidate.address.port = choose_port())) return EADDRINUSE;
+  if (conflicts(&candidate, 0)) return EADDRINUSE;
+  if (!(c->binding = enter(e, slot, &candidate))) return ENOBUFS;
+  address->port = candidate.address.port;
+  return 0;
+}
+
+int port_ephemeral(struct endpoint *e, uint32_t slot, struct vmmc_address *address) {
+  struct connection *c = connection_of(e, slot);
+  if (c->binding) {
+    address->port = nic.state->binding[c->binding - 1].address.port;
+    return 0;
+  }
+  struct binding candidate = { .address = *address };
+  if (!(candidate.address.port = choose_port())) return EADDRNOTAVAIL;
+  if (!(c->binding = enter(e, slot, &candidate))) return ENOBUFS;
+  address->port = candidate.address.port;
+  return 0;
+}
+
+int port_listen(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  struct binding *b = &nic.state->binding[c->binding - 1];
+  struct binding candidate = *b;
+  candidate.listening = 1;
+  if (conflicts(&candidate, c->binding)) return EADDRINUSE;
+  b->listening = 1;
+  return 0;
+}
+
+void port_release(struct connection *c) {
+  if (!c->binding) return;
+  struct binding *b = &nic.state->binding[c->binding - 1];
+  for (uint32_t *at = bucket_of(b->address.port); *at; at = &nic.state->binding[*at - 1].next) {
+    if (*at != c->binding) continue;
+    *at = b->next;
+    b->used = 0;
+    b->next = nic.state->free_binding;
+    nic.state->free_binding = c->binding;
+    break;
+  }
+  c->binding = 0;
+}
+
+struct binding *port_listener(const struct vmmc_address *to, const struct vmmc_address *from) {
+  (void)from;
+  struct binding *candidate[64];
+  uint32_t count = 0;
+  bool exact = false;
+  for (uint32_t i = *bucket_of(to->port); i; i = nic.state->binding[i - 1].next) {
+    struct binding *b = &nic.state->binding[i - 1];
+    if (!b->listening || b->address.port != to->port || !covers(b, to)) continue;
+    bool same = !memcmp(b->address.ip, to->ip, 16);
+    if (same && !exact) count = 0; /* an exact address goes before any wildcard */
+    if (same || !exact) {
+      if (count < 64) candidate[count++] = b;
+      exact = exact || same;
+    }
+  }
+  /* SO_REUSEPORT: several share the port, in turn */
+  return count ? candidate[nic.state->round_robin++ % count] : NULL;
+}

@@ -1,0 +1,86 @@
+/*
+ * stream.c: a connection's bytes.  The sender's NIC names them (position, length); the receiver's NIC
+ * copies them, once, from the sender's transmit ring to where they are to go.
+ */
+#include "nic.h"
+
+enum { PIECE = 64 * 1024 }; /* bytes of a packet: also a connection's share before others have a turn */
+
+void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint64_t written) {
+  struct connection *c = connection_of(e, slot);
+  uint64_t length = written - c->transmitted;
+  if (length > PIECE) length = PIECE;
+  struct packet *p = link_next(link);
+  p->type = PACKET_DATA;
+  p->to = c->far;
+  p->from = (struct packet_end){ e->index, e->serial, slot, c->generation };
+  p->position = c->transmitted;
+  p->length = (uint32_t)length;
+  p->limit = connection_credit(e, slot);
+  link_push(link);
+  /* After the packet is published: killed in between, the successor sends it again, and the receiver
+   * knows the position. */
+  c->transmitted += length;
+  atomic_store_explicit(&nic_slot(e, slot)->transmitted, c->transmitted, memory_order_relaxed);
+  COUNT(e, bytes_sent, length);
+  COUNT(e, sends, 1);
+}
+
+/* Copies stream bytes [at, at + length) from the sender's ring to `to`, or to the default buffer. */
+static int copy_run(struct endpoint *e, uint32_t slot, const char *ring, uint64_t at, uint64_t length, char *to) {
+  while (length) {
+    uint64_t offset = at % VMMC_RING, run = VMMC_RING - offset;
+    if (run > length) run = length;
+    int error = dma_copy(to ? to : default_buffer(e, slot) + offset, ring + offset, run);
+    if (error) return error;
+    if (to) to += run;
+    at += run;
+    length -= run;
+  }
+  return 0;
+}
+
+void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
+  struct connection *c = connection_of(e, slot);
+  struct slot_work *work = &e->work[slot];
+  uint64_t at = p->position, end = p->position + p->length;
+  if (at > c->placed || end <= c->placed || end > c->told) { /* a gap, a duplicate, or without credit */
+    COUNT_NODE(packets_dropped, 1);
+    return;
+  }
+  at = c->placed;
+  if (!work->remote) work->remote = remote_find(c->far_node, c->far.serial);
+  if (!work->remote) {
+    connection_fail(e, slot, ECONNRESET);
+    return;
+  }
+  const char *ring = work->remote->app + VMMC_APP_RINGS + (uint64_t)c->far.slot * VMMC_RING;
+  struct redirection r = redirection_of_slot(e, slot);
+  uint64_t redirected = 0;
+  int error = 0;
+  while (at < end && !error) {
+    char *to;
+    uint64_t run = redirect_run(&r, at, end - at, &to);
+    error = copy_run(e, slot, ring, at, run, to);
+    if (error) break;
+    at += run;
+    if (to) {
+      redirect_copied(&r, at);
+      redirected += run;
+    }
+  }
+  uint64_t moved = at - c->placed;
+  /* The bytes before the position (release), the position before the claim is given up. */
+  atomic_store_explicit(&nic_slot(e, slot)->placed, at, memory_order_release);
+  c->placed = at;
+  redirect_done(&r);
+  COUNT(e, bytes_received, moved);
+  COUNT(e, bytes_redirected, redirected);
+  COUNT(e, bytes_default, moved - redirected);
+  if (error) {
+    log_event("warning", "endpoint %u (pid %d): a peer's memory cannot be read; its connection is reset", e->index, e->pid);
+    connection_fail(e, slot, ECONNRESET);
+    return;
+  }
+  wake_slot(e, slot, WAKE_READERS);
+}

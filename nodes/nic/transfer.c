@@ -1,0 +1,189 @@
+/* transfer.c: VMMC send and fetch between exported buffers, and the notifications that sends ask for. */
+#include <string.h>
+
+#include "nic.h"
+
+enum { TRANSFER_PIECE = 256 * 1024 }; /* bytes of a packet, and a transfer's share of a turn */
+
+static struct packet *say(struct link *link, struct endpoint *e, const struct own_command *own, uint8_t type) {
+  struct packet *p = link_next(link);
+  p->type = type;
+  p->to = own->import.far;
+  p->from = (struct packet_end){ e->index, e->serial, 0, 0 };
+  p->command = own->command.index;
+  return p;
+}
+
+static bool transmit_import(struct endpoint *e, struct own_command *own, struct link *link) {
+  own->import.far = (struct packet_end){ 0 };
+  struct packet *p = say(link, e, own, PACKET_IMPORT);
+  p->export_id = own->command.export_id;
+  memcpy(p->name, own->command.name, VMMC_NAME_MAX);
+  link_push(link);
+  own->state = COMMAND_ANSWER;
+  return false;
+}
+
+static bool transmit_send(struct endpoint *e, struct own_command *own, struct link *link) {
+  const struct vmmc_command *c = &own->command;
+  uint64_t length = c->length - own->moved;
+  if (length > TRANSFER_PIECE) length = TRANSFER_PIECE;
+  int error = utlb_translate(e, c->offset + own->moved, length);
+  if (error) {
+    command_complete(e, c->index, error, 0, 0, 0);
+    return false;
+  }
+  struct packet *p = say(link, e, own, PACKET_SEND);
+  p->position = c->offset + own->moved;
+  p->remote = c->remote_offset + own->moved;
+  p->length = (uint32_t)length;
+  p->total = c->notify_length ? c->notify_length : c->length;
+  p->tag = c->tag;
+  bool last = own->moved + length == c->length;
+  p->flags = (uint8_t)((last ? PACKET_LAST : 0) | (c->flags & VMMC_SEND_NOTIFY ? PACKET_NOTIFY : 0));
+  link_push(link);
+  own->moved += length;
+  COUNT(e, bytes_sent, length);
+  if (!last) return true;
+  own->state = COMMAND_ANSWER;
+  COUNT(e, sends, 1);
+  return false;
+}
+
+static bool transmit_fetch(struct endpoint *e, struct own_command *own, struct link *link) {
+  const struct vmmc_command *c = &own->command;
+  uint64_t length = c->length - own->moved;
+  if (length > TRANSFER_PIECE) length = TRANSFER_PIECE;
+  int error = utlb_translate(e, c->offset + own->moved, length);
+  if (error) {
+    command_complete(e, c->index, error, 0, 0, 0);
+    return false;
+  }
+  struct packet *p = say(link, e, own, PACKET_FETCH);
+  p->remote = c->remote_offset + own->moved;
+  p->position = own->moved;
+  p->length = (uint32_t)length;
+  link_push(link);
+  own->state = COMMAND_ANSWER;
+  return false;
+}
+
+bool transfer_transmit(struct work *work, struct link *link) {
+  struct command_work *w = (struct command_work *)work;
+  struct endpoint *e = w->endpoint;
+  struct own_command *own = &e->own->command[w->place];
+  if (e->dying || own->state != COMMAND_WAITS) return false;
+  switch (own->command.op) {
+    case VMMC_OP_IMPORT: return transmit_import(e, own, link);
+    case VMMC_OP_SEND: return transmit_send(e, own, link);
+    default: return transmit_fetch(e, own, link);
+  }
+}
+
+/* ---- at the exporter ---- */
+
+static int notify(struct endpoint *e, const struct packet *p, uint32_t node) {
+  struct vmmc_nic_header *header = nic_header(e);
+  uint64_t count = atomic_load_explicit(&header->notifications, memory_order_relaxed);
+  /* acquire: the app has read the entries that it says it took */
+  uint64_t taken = atomic_load_explicit(&app_header(e)->notifications_taken, memory_order_acquire);
+  if (count - taken >= VMMC_NOTIFICATIONS) return ENOBUFS; /* nobody takes them: the sender is told */
+  struct vmmc_notification *n =
+      (struct vmmc_notification *)(e->nic + VMMC_NIC_NOTIFICATIONS) + count % VMMC_NOTIFICATIONS;
+  *n = (struct vmmc_notification){ .offset = p->remote + p->length - p->total, .length = p->total,
+                                   .export_id = p->to.slot, .node = node, .tag = p->tag, .sender = p->from.serial };
+  atomic_store_explicit(&header->notifications, count + 1, memory_order_release);
+  COUNT(e, notifications, 1);
+  wake_notification(e);
+  return 0;
+}
+
+/* Copies the piece to where it belongs: the posted address, or the exported buffer. */
+static int place(struct endpoint *e, const struct packet *p, const char *from) {
+  const struct own_export *x = &e->own->export[p->to.slot];
+  struct vmmc_nic_export *n = (struct vmmc_nic_export *)(e->nic + VMMC_NIC_EXPORTS) + p->to.slot;
+  struct redirection r = redirection_of_export(e, p->to.slot);
+  uint64_t at = p->remote, end = p->remote + p->length, redirected = 0;
+  int error = 0;
+  while (at < end && !error) {
+    char *to;
+    uint64_t run = redirect_run(&r, at, end - at, &to);
+    error = dma_copy(to ? to : e->app + VMMC_APP_HEAP + x->offset + at, from + (at - p->remote), run);
+    if (error) break;
+    at += run;
+    if (to) {
+      redirect_copied(&r, at);
+      redirected += run;
+    }
+  }
+  /* release: the bytes before the count that says they are there */
+  atomic_store_explicit(&n->received, atomic_load_explicit(&n->received, memory_order_relaxed) + (at - p->remote),
+                        memory_order_release);
+  redirect_done(&r);
+  COUNT(e, bytes_received, at - p->remote);
+  COUNT(e, bytes_redirected, redirected);
+  COUNT(e, bytes_default, at - p->remote - redirected);
+  return error;
+}
+
+void transfer_send_arrived(struct link *link, const struct packet *p) {
+  struct endpoint *e = endpoint_find(p->to.endpoint, p->to.serial);
+  int error = export_check(e, p, VMMC_PERMIT_WRITE);
+  if (!error && (p->position > VMMC_HEAP_BYTES || p->length > VMMC_HEAP_BYTES - p->position)) error = EFAULT;
+  struct remote *remote = error ? NULL : remote_find(link_node(link), p->from.serial);
+  if (!error && !remote) error = ECONNRESET;
+  if (!error) error = place(e, p, remote->app + VMMC_APP_HEAP + p->position);
+  if (remote) remote_release(remote);
+  if (!error && (p->flags & PACKET_LAST)) {
+    struct vmmc_nic_export *n = (struct vmmc_nic_export *)(e->nic + VMMC_NIC_EXPORTS) + p->to.slot;
+    n->last_offset = p->remote + p->length - p->total;
+    n->last_length = p->total;
+    atomic_store_explicit(&n->arrivals, atomic_load_explicit(&n->arrivals, memory_order_relaxed) + 1, memory_order_release);
+    if (p->flags & PACKET_NOTIFY)
+      error = notify(e, p, link_node(link));
+  }
+  /* Who waits for a redirection to fill looks at the export itself. */
+  if (!error) wake_notification(e);
+  if (error && e && !e->dying) COUNT(e, commands_rejected, 1);
+  if (!error && !(p->flags & PACKET_LAST)) return;
+  struct packet answer = { .type = PACKET_SENT, .error = (uint16_t)error, .to = p->from, .command = p->command };
+  link_reply(link, &answer);
+}
+
+void transfer_fetch_arrived(struct link *link, const struct packet *p) {
+  struct endpoint *e = endpoint_find(p->to.endpoint, p->to.serial);
+  int error = export_check(e, p, VMMC_PERMIT_READ);
+  struct packet answer = { .type = PACKET_FETCHED, .error = (uint16_t)error, .to = p->from, .from = p->to,
+                           .command = p->command, .remote = p->position, .length = p->length };
+  if (!error) answer.position = e->own->export[p->to.slot].offset + p->remote;
+  link_reply(link, &answer);
+}
+
+/* ---- back at the fetcher: the exporter agrees that its memory is copied ---- */
+
+void transfer_fetched(struct endpoint *e, const struct packet *p) {
+  struct own_command *own = &e->own->command[p->command % VMMC_COMMANDS];
+  const struct vmmc_command *c = &own->command;
+  int error = p->error;
+  if (c->op != VMMC_OP_FETCH || p->remote != own->moved) return; /* a piece answered twice */
+  if (!error && (p->length > c->length - own->moved || p->position > VMMC_HEAP_BYTES - p->length)) error = EFAULT;
+  if (!error) error = utlb_translate(e, c->offset + own->moved, p->length);
+  struct remote *remote = error ? NULL : remote_find(own->import.node, own->import.far.serial);
+  if (!error && !remote) error = ECONNRESET;
+  if (!error)
+    error = dma_copy(e->app + VMMC_APP_HEAP + c->offset + own->moved, remote->app + VMMC_APP_HEAP + p->position, p->length);
+  if (remote) remote_release(remote);
+  if (error) {
+    command_complete(e, c->index, error, 0, own->moved, 0);
+    return;
+  }
+  own->moved += p->length;
+  COUNT(e, bytes_received, p->length);
+  if (own->moved == c->length) {
+    command_complete(e, c->index, 0, 0, own->moved, 0);
+    return;
+  }
+  own->state = COMMAND_WAITS;
+  struct link *link = link_to(own->import.node);
+  if (link) link_enqueue(link, &e->command[p->command % VMMC_COMMANDS].work);
+}
