@@ -37,6 +37,11 @@ static int start_transfer(struct endpoint *e, struct own_command *own) {
   uint64_t end = c->remote_offset + c->length;
   if (c->notify_length && (c->notify_length < c->length || c->notify_length > end)) return EINVAL;
   if (c->offset > VMMC_HEAP_BYTES || c->length > VMMC_HEAP_BYTES - c->offset) return EFAULT;
+  own->after = 0;
+  if (c->op == VMMC_OP_SEND) { /* sends to one node arrive in the order in which they were given */
+    own->after = e->last_send[own->import.node];
+    e->last_send[own->import.node] = c->index + 1;
+  }
   return to_peer(e, own, own->import.node);
 }
 

@@ -73,6 +73,7 @@ struct endpoint {
   struct own *own;
   struct slot_work *work;            /* VMMC_SLOTS, sparse */
   struct command_work command[VMMC_COMMANDS];
+  uint64_t last_send[VMMC_NODES_MAX]; /* index + 1 of the newest send to each node, 0: none */
   uint64_t commands_taken;           /* command_tail up to which commands were taken */
   bool vmmc_committed;               /* the tables that commands need are allocated */
   uint64_t events_committed;         /* bytes of the event ring that are */

@@ -80,6 +80,7 @@ struct own_command { /* the command that was taken, checked */
   uint32_t state; /* enum command_state */
   struct own_import import; /* transfers: as it was when the command was taken */
   uint64_t moved;           /* bytes of a transfer that were sent or fetched */
+  uint64_t after;           /* SEND: index + 1 of the endpoint's send to that node before this; 0: none */
 };
 
 struct own {

@@ -68,11 +68,19 @@ static bool transmit_fetch(struct endpoint *e, struct own_command *own, struct l
   return false;
 }
 
+/* A long send takes several turns; one that was given after it must not overtake its last pieces. */
+static bool has_predecessor(struct endpoint *e, const struct own_command *own) {
+  if (own->command.op != VMMC_OP_SEND || !own->after) return false;
+  const struct own_command *before = &e->own->command[(own->after - 1) % VMMC_COMMANDS];
+  return before->command.index == own->after - 1 && before->state == COMMAND_WAITS;
+}
+
 bool transfer_transmit(struct work *work, struct link *link) {
   struct command_work *w = (struct command_work *)work;
   struct endpoint *e = w->endpoint;
   struct own_command *own = &e->own->command[w->place];
   if (e->dying || own->state != COMMAND_WAITS) return false;
+  if (has_predecessor(e, own)) return true;
   switch (own->command.op) {
     case VMMC_OP_IMPORT: return transmit_import(e, own, link);
     case VMMC_OP_SEND: return transmit_send(e, own, link);
