@@ -1,0 +1,115 @@
+"""What all tests share: a place of their own for clusters, nothing left behind, and compiled programs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vmmc_emu import Cluster
+from vmmc_emu.paths import known_clusters, native_directory
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+pytest_plugins = ["pytester"]
+
+
+def _processes_of(runtime: Path) -> list[str]:
+    """Processes that were started, by whatever way, with this session's runtime directory."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("VMMC_RUNTIME_DIR") == str(runtime):
+                found.append(f"{process.pid} {' '.join(process.cmdline())}")
+        except psutil.Error:
+            continue  # ended, or somebody else's
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_directory() -> Iterator[Path]:
+    """Gives this session's clusters a runtime directory of their own, and fails when one leaves a trace."""
+    # Short, and not pytest's: the path of a Unix socket has at most 107 bytes.
+    directory = Path(tempfile.mkdtemp(prefix="vmmc-tests-"))
+    before = set(_processes_of(directory))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMMC_RUNTIME_DIR", str(directory))
+        patch.delenv("VMMC_CLUSTER", raising=False)
+        patch.setenv("NO_COLOR", "1")
+        yield directory
+        left = [f"cluster {paths.cluster}: {paths.segments()}" for paths in known_clusters()]
+        left += [f"process {line}" for line in set(_processes_of(directory)) - before if "pytest" not in line]
+    if left:
+        pytest.fail("the tests left behind:\n" + "\n".join(left))
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Compiles tests/programs/NAME.c, once, and returns the path of the program."""
+    directory = tmp_path_factory.mktemp("programs")
+
+    def compiled(name: str, *flags: str) -> str:
+        path = directory / "-".join([name, *flags]).replace("/", "_")
+        if not path.exists():
+            compiler = os.environ.get("CC", "cc")
+            warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-result"]
+            include = f"-I{native_directory() / 'include'}"
+            source = PROGRAMS / f"{name}.c"
+            subprocess.run(
+                [compiler, "-std=gnu11", "-D_GNU_SOURCE", "-O2", "-g", "-pthread", *warnings, include,
+                 str(source), "-o", str(path), *flags],
+                check=True,
+            )  # fmt: skip
+        return str(path)
+
+    return compiled
+
+
+EchoServer = Callable[..., int]
+
+
+@pytest.fixture
+def echo_server() -> Iterator[EchoServer]:
+    """Starts an echo server on a node of a cluster, or over the kernel without one; returns its port."""
+    with contextlib.ExitStack() as stack:
+
+        def start(cluster: Cluster | None = None, node: int = 0) -> int:
+            command = [sys.executable, str(PROGRAMS / "echo_server.py")]
+            popen = cluster.node(node).popen if cluster else subprocess.Popen
+            server = popen(command, stdout=subprocess.PIPE, text=True)
+
+            def end() -> None:
+                server.kill()
+                server.communicate()
+
+            stack.callback(end)
+            assert server.stdout is not None
+            word, port = server.stdout.readline().split()
+            assert word == "listening"
+            return int(port)
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Cluster]:
+    """A cluster of two nodes, shared by the tests of a module."""
+    with Cluster(nodes=2, name=f"test-{secrets.token_hex(6)}") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def eight_nodes() -> Iterator[Cluster]:
+    """A cluster of eight nodes, shared by the tests of a module."""
+    with Cluster(nodes=8, name=f"test-{secrets.token_hex(6)}") as cluster:
+        yield cluster

@@ -1,0 +1,114 @@
+"""pytest fixtures: clusters for tests.
+
+    def test_eight_servers(vmmc_cluster):
+        cluster = vmmc_cluster(nodes=8)
+        server = cluster.node(0).popen(["redis-server", "--port", "6379"])
+        cluster.node(0).wait_for_port(6379)
+        assert cluster.node(1).run(["redis-cli", "-h", "node0", "ping"]).stdout == "PONG\n"
+
+``vmmc_cluster`` makes clusters, ``vmmc`` is one of four nodes.  Both end with the test; the logs of their
+daemons, NICs and detached programs are attached to the report of a test that fails.  Names are random,
+so tests may run side by side (pytest-xdist), and a guard process takes clusters down when pytest itself
+is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from vmmc_emu.cluster import Cluster
+
+ClusterFactory = Callable[..., Cluster]
+
+_CLUSTERS = pytest.StashKey[list[Cluster]]()
+_GUARD = pytest.StashKey[subprocess.Popen[str]]()
+
+# What the guard runs: it reads cluster names until whoever started it is gone, then ends what is left.
+_GUARD_PROGRAM = """
+import signal, subprocess, sys
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+names = set()
+for line in sys.stdin:
+    verb, name = line.split()
+    names.add(name) if verb == "up" else names.discard(name)
+for name in names:
+    subprocess.run([sys.executable, "-m", "vmmc_emu.cli", "--cluster", name, "down"], check=False)
+"""
+
+
+def _guard(config: pytest.Config) -> subprocess.Popen[str]:
+    """The guard process of this pytest process, started when first needed."""
+    guard = config.stash.get(_GUARD, None)
+    if guard is None:
+        guard = subprocess.Popen(
+            [sys.executable, "-c", _GUARD_PROGRAM],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+        config.stash[_GUARD] = guard
+    return guard
+
+
+def _tell_guard(config: pytest.Config, verb: str, name: str) -> None:
+    pipe = _guard(config).stdin
+    assert pipe is not None
+    # A guard that somebody killed must not fail a test; a new one is started for the next cluster.
+    try:
+        pipe.write(f"{verb} {name}\n")
+        pipe.flush()
+    except BrokenPipeError:
+        del config.stash[_GUARD]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends the guard."""
+    guard = config.stash.get(_GUARD, None)
+    if guard is not None:
+        guard.communicate()
+
+
+@pytest.fixture
+def vmmc_cluster(request: pytest.FixtureRequest) -> Iterator[ClusterFactory]:
+    """Makes clusters: ``vmmc_cluster(nodes=4)`` takes what `Cluster` takes and returns it started."""
+    with contextlib.ExitStack() as stack:
+        clusters = request.node.stash.setdefault(_CLUSTERS, [])
+
+        def start(nodes: int = 4, **options: Any) -> Cluster:
+            name = options.pop("name", None) or f"test-{secrets.token_hex(6)}"
+            _tell_guard(request.config, "up", name)
+            stack.callback(_tell_guard, request.config, "down", name)
+            cluster = stack.enter_context(Cluster(nodes=nodes, name=name, **options))
+            clusters.append(cluster)
+            return cluster
+
+        yield start
+
+
+@pytest.fixture
+def vmmc(vmmc_cluster: ClusterFactory) -> Cluster:
+    """A cluster of four nodes, ready."""
+    return vmmc_cluster(nodes=4)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Attaches the logs of a failing test's clusters while they still exist."""
+    report = yield
+    if report.failed:
+        for cluster in item.stash.get(_CLUSTERS, []):
+            # The report of a failing test must come out whatever state its cluster is in.
+            try:
+                logs = cluster.logs()
+            except Exception as error:
+                logs = f"(its logs cannot be read: {error})"
+            if logs:
+                report.sections.append((f"cluster {cluster.name}", logs))
+    return report
