@@ -62,7 +62,7 @@ class ClusterPaths:
 def native_directory() -> Path:
     """Where libvmmc, the preload library, the NIC and the headers lie."""
     override = os.environ.get("VMMC_NATIVE_DIR")
-    return Path(override).absolute() if override else Path(__file__).resolve().parent / "_native"
+    return Path(override).absolute() if override else Path(__file__).absolute().parent / "_native"
 
 
 def native_file(name: str) -> Path:
@@ -127,14 +127,15 @@ _FLOCK = "hhqqi4x"
 _WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
-def _lock_path(cluster: str) -> Path:
+def lock_path(cluster: str) -> Path:
+    """The file in /dev/shm that a cluster's supervisor and daemons hold."""
     return SHM / f"{segment_prefix(cluster)}lock"
 
 
 def recorded_runtime(cluster: str) -> Path | None:
     """The runtime directory that the cluster's lock names, or None."""
     try:
-        descriptor = os.open(_lock_path(cluster), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(lock_path(cluster), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
     with open(descriptor, "rb") as file:
@@ -148,7 +149,7 @@ def recorded_runtime(cluster: str) -> Path | None:
 
 def take_lock(paths: ClusterPaths) -> int | None:
     """Locks the cluster's name and records where its files are; the descriptor, or None: it is taken."""
-    path = _lock_path(paths.cluster)
+    path = lock_path(paths.cluster)
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -175,14 +176,14 @@ def take_lock(paths: ClusterPaths) -> int | None:
 
 def release_lock(paths: ClusterPaths, descriptor: int) -> None:
     """Removes the lock, which the caller holds, and lets go of it."""
-    _lock_path(paths.cluster).unlink(missing_ok=True)
+    lock_path(paths.cluster).unlink(missing_ok=True)
     os.close(descriptor)
 
 
 def lock_is_held(paths: ClusterPaths) -> bool:
     """True while a supervisor or daemon of that cluster lives, wherever its files are."""
     try:
-        descriptor = os.open(_lock_path(paths.cluster), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(lock_path(paths.cluster), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:

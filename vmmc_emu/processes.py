@@ -206,7 +206,5 @@ def _wait_for_exits(poll: select.poll, waiting: dict[int, Process], timeout_s: f
     while waiting and (left := deadline - time.monotonic()) > 0:
         for descriptor, _ in poll.poll(left * 1000):
             poll.unregister(descriptor)
-            process = waiting.pop(descriptor)
+            del waiting[descriptor]
             os.close(descriptor)
-            with contextlib.suppress(ChildProcessError):  # not our child: somebody else reaps it
-                os.waitpid(process.pid, os.WNOHANG)

@@ -1,0 +1,1 @@
+"""What runs behind a cluster: the supervisor, a daemon a node, and helpers on nodes.  Programs, no library."""

@@ -1,0 +1,79 @@
+"""The event loop of supervisor and daemons: descriptors, signals and one-shot timers; idle, it sleeps."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import selectors
+import signal
+import time
+from collections.abc import Callable
+
+Callback = Callable[[], None]
+
+
+class Loop:
+    """Calls back when a descriptor is readable or writable, a signal came or a time is reached."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[tuple[float, int, Callback]] = []
+        self._sequence = itertools.count()
+        self._signals: dict[int, Callback] = {}
+        self._running = False
+        self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._signal_write, warn_on_full_buffer=False)
+        self.watch(self._signal_read, self._take_signals)
+
+    def watch(self, descriptor: int, readable: Callback, writable: Callback | None = None) -> None:
+        """Sets what to call for a descriptor; `writable` None: nobody asks for that."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if writable else 0)
+        if descriptor in self._selector.get_map():
+            self._selector.modify(descriptor, events, (readable, writable))
+        else:
+            self._selector.register(descriptor, events, (readable, writable))
+
+    def unwatch(self, descriptor: int) -> None:
+        """Forgets a descriptor: before it is closed."""
+        if descriptor in self._selector.get_map():
+            self._selector.unregister(descriptor)
+
+    def on_signal(self, number: signal.Signals, callback: Callback) -> None:
+        """Calls back, from the loop, after a signal."""
+        self._signals[number] = callback
+        signal.signal(number, _noted)
+
+    def call_later(self, delay_s: float, callback: Callback) -> None:
+        """Calls back once after a time."""
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._sequence), callback))
+
+    def stop(self) -> None:
+        """Makes run() return."""
+        self._running = False
+
+    def run(self) -> None:
+        """Works until stop() is called."""
+        self._running = True
+        while self._running:
+            timeout = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+            for key, events in self._selector.select(timeout):
+                readable, writable = key.data
+                if events & selectors.EVENT_WRITE and writable:
+                    writable()
+                # The same round may have forgotten it, or given its number to somebody else.
+                current = self._selector.get_map().get(key.fd)
+                if events & selectors.EVENT_READ and current is not None and current.data[0] is readable:
+                    readable()
+            now = time.monotonic()
+            while self._timers and self._timers[0][0] <= now:
+                heapq.heappop(self._timers)[2]()
+
+    def _take_signals(self) -> None:
+        for number in dict.fromkeys(os.read(self._signal_read, 4096)):
+            if callback := self._signals.get(number):
+                callback()
+
+
+def _noted(_number: int, _frame: object) -> None:
+    """The interpreter has written the signal's number to the wake-up pipe: that is all."""

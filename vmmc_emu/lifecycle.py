@@ -1,0 +1,258 @@
+"""How a cluster starts and ends.
+
+`start` spawns the supervisor and waits for its word; the supervisor (vmmc_emu.nodes.supervisor) does
+the rest, so that nothing half-started stays behind when the one who asked is interrupted.  `teardown`
+removes everything that a cluster can leave: the supervisor calls it when it is told to end, and `stop`
+once more for what a killed supervisor left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmmc_emu import limits, paths, processes
+from vmmc_emu.errors import ClusterError
+from vmmc_emu.names import check_node_count, node_address, node_address6, node_name
+from vmmc_emu.paths import ClusterPaths
+
+START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Description:
+    """What cluster.json says."""
+
+    cluster: str
+    nodes: int
+    started: float  # seconds since the epoch
+    boot: str
+    owner: int | None  # the process that the cluster ends with
+
+    def as_json(self) -> str:
+        """The text of cluster.json."""
+        return json.dumps(self.__dict__)
+
+
+def describe(place: ClusterPaths) -> Description:
+    """Reads cluster.json; ClusterError when the cluster is not up."""
+    try:
+        description = Description(**json.loads(place.description.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ClusterError(f"cluster '{place.cluster}' is not up: {_how_to_start(place.cluster)}") from None
+    except (ValueError, TypeError):
+        raise ClusterError(
+            f"{place.description} cannot be understood: {_command(place.cluster)} down removes what is left"
+        ) from None
+    return description
+
+
+def _command(cluster: str) -> str:
+    return "vmmc-emu" if cluster == "default" else f"vmmc-emu --cluster {cluster}"
+
+
+def _how_to_start(cluster: str) -> str:
+    return f"start it with `{_command(cluster)} up`"
+
+
+# ---- starting ----
+
+
+def start(place: ClusterPaths, nodes: int, *, owned: bool = False) -> int:
+    """Starts a cluster and returns its supervisor's pid when every node is ready.
+
+    owned: it ends when this process does, however this process ends.
+    """
+    check_node_count(nodes)
+    if paths.lock_is_held(place):
+        raise ClusterError(already_up(place))
+    paths.check_socket_paths(place, nodes)
+    limits.check_room(nodes)
+    paths.make_private_directory(place.runtime.parent)
+    report, theirs = os.pipe()
+    try:
+        pid = os.posix_spawn(
+            sys.executable,
+            [
+                *(sys.executable, "-P", "-m", "vmmc_emu.nodes.supervisor"),
+                *(place.cluster, str(nodes), str(place.runtime), str(os.getpid() if owned else 0)),
+            ],
+            _supervisor_environment(),
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, theirs, 1),
+                (os.POSIX_SPAWN_DUP2, theirs, 2),
+            ],
+            setsid=True,
+            setsigmask=(),
+        )
+    except OSError as error:
+        os.close(report)
+        raise ClusterError(f"cannot start {sys.executable}: {error.strerror}") from None
+    finally:
+        os.close(theirs)
+    # Should this process be interrupted here, closing the pipe tells the supervisor to undo everything.
+    with open(report, "rb") as file:
+        answer = _read_answer(file.fileno())
+    if answer.get("ready"):
+        return pid
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+    raise ClusterError(answer["error"])
+
+
+def already_up(place: ClusterPaths) -> str:
+    """Says that the name is taken, where, and what can be done."""
+    elsewhere = paths.recorded_runtime(place.cluster)
+    where = f", with its files in {elsewhere}" if elsewhere and elsewhere != place.runtime else ""
+    return (
+        f"cluster '{place.cluster}' is already up{where}: `{_command(place.cluster)} status` shows it,"
+        f" `{_command(place.cluster)} down` ends it; another one needs another --cluster NAME"
+    )
+
+
+def _supervisor_environment() -> dict[str, str]:
+    """Ours, without what would make the supervisor a program on some node, and with the way to this package."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"VMMC_CLUSTER", "VMMC_NODE", "VMMC_NODES", "VMMC_SOCKET"}
+    }
+    ours = str(paths.native_directory() / "libvmmc-preload.so")
+    preload = [item for item in environment.pop("LD_PRELOAD", "").replace(":", " ").split() if item != ours]
+    if preload:
+        environment["LD_PRELOAD"] = " ".join(preload)
+    package_root = str(Path(__file__).absolute().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package_root, environment.get("PYTHONPATH"))))
+    return environment
+
+
+def _read_answer(descriptor: int) -> dict[str, Any]:
+    """What the supervisor says: one line of JSON; anything else is how it died."""
+    text = b""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    while b"\n}\n" not in text:
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            return {"error": f"the cluster was not ready after {START_TIMEOUT_S:.0f} s: the machine may be overloaded"}
+        chunk = os.read(descriptor, 65536)
+        if not chunk:
+            break
+        text += chunk
+    complaint, _, answer = text.decode(errors="replace").rpartition("{\n")
+    try:
+        result: dict[str, Any] = json.loads("{" + answer)
+    except ValueError:
+        lines = (complaint + answer).strip().splitlines()
+        return {"error": f"the supervisor ended before it was ready: {lines[-1] if lines else 'it said nothing'}"}
+    return result
+
+
+def answer(**fields: Any) -> bytes:
+    """The supervisor's side of it."""
+    return b"{\n" + json.dumps(fields).encode()[1:-1] + b"\n}\n"
+
+
+# ---- ending ----
+
+
+def stop(place: ClusterPaths, grace_s: float = processes.GRACE_S) -> bool:
+    """Ends a cluster and removes every trace of it.  False: there was none."""
+    traces = place.runtime.exists() or bool(place.segments()) or paths.recorded_runtime(place.cluster) is not None
+    supervisors = processes.recorded(place, processes.SUPERVISOR)
+    for supervisor in supervisors:
+        # It ends programs first, which may take their grace, and then its own.
+        processes.end([supervisor], grace_s=3 * grace_s + 20)
+    if not traces:
+        return False
+    teardown(place, grace_s)
+    return True
+
+
+def teardown(place: ClusterPaths, grace_s: float = processes.GRACE_S) -> None:
+    """Ends every process of a cluster but this one, removes its segments and files, and frees its name."""
+    end_processes(place, grace_s)
+    lock = paths.take_lock(place)
+    if lock is None:
+        if processes.recorded(place, processes.SUPERVISOR):
+            return  # somebody has started it anew meanwhile: theirs
+        raise ClusterError(
+            f"cluster '{place.cluster}' is held by a process that is not recorded in {place.runtime}:"
+            f" `fuser -v {paths.lock_path(place.cluster)}` names it"
+        )
+    remove_files(place)
+    paths.release_lock(place, lock)
+
+
+def end_processes(place: ClusterPaths, grace_s: float = processes.GRACE_S) -> None:
+    """Ends every process of a cluster but this one: programs first."""
+    for _ in range(5):  # a program that is asked to end may still start another
+        found = processes.programs(place)
+        if not found:
+            break
+        processes.end(found, grace_s)
+    # Who would bring the others back goes first.
+    for kind in (processes.SUPERVISOR, processes.DAEMON, processes.NIC):
+        processes.end(processes.recorded(place, kind), grace_s)
+
+
+def remove_files(place: ClusterPaths) -> None:
+    """Removes a cluster's segments and its runtime directory; the lock stays."""
+    remove_segments(place)
+    shutil.rmtree(place.runtime, ignore_errors=True)
+
+
+def remove_segments(place: ClusterPaths) -> None:
+    """Unlinks what is exactly this cluster's in /dev/shm, except its lock."""
+    for name in place.segments():
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(paths.SHM / name)
+
+
+# ---- looking ----
+
+
+def status(place: ClusterPaths) -> dict[str, Any]:
+    """The cluster as `vmmc-emu status --json` prints it."""
+    description = describe(place)
+    found = processes.recorded(place, processes.SUPERVISOR, processes.DAEMON, processes.NIC)
+    daemons = {process.node: process.pid for process in found if process.kind == processes.DAEMON}
+    nics = {process.node: process.pid for process in found if process.kind == processes.NIC}
+    supervisor = next((process.pid for process in found if process.kind == processes.SUPERVISOR), None)
+    nodes = []
+    for node in range(description.nodes):
+        daemon, nic = daemons.get(node), nics.get(node)
+        state = "up" if daemon and nic else "no daemon" if nic else "no NIC" if daemon else "down"
+        nodes.append(
+            {
+                "name": node_name(node),
+                "address": node_address(node),
+                "address6": node_address6(node),
+                "daemon_pid": daemon,
+                "nic_pid": nic,
+                "state": state,
+            }
+        )
+    states = {entry["state"] for entry in nodes}
+    if supervisor is None:
+        state = "down" if states == {"down"} else "unsupervised"
+    else:
+        state = "up" if states == {"up"} else "degraded"
+    return {
+        "cluster": place.cluster,
+        "state": state,
+        "supervisor_pid": supervisor,
+        "uptime_s": round(max(0.0, time.time() - description.started), 1),
+        "runtime": str(place.runtime),
+        "nodes": nodes,
+    }
