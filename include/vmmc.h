@@ -10,14 +10,15 @@
  *
  * Functions return 0 (or what they say) on success, and -1 (or NULL) with errno set on failure:
  *
- *   EINVAL        an argument makes no sense, or an id names nothing of this endpoint's
- *   EFAULT        memory outside what vmmc_alloc handed out, or outside the exported buffer
- *   EPERM         the buffer is not exported to this node, or not for this kind of access
+ *   EINVAL        an argument makes no sense: a range that is not in the exported buffer, an unknown id
+ *   EFAULT        memory outside what vmmc_alloc handed out
+ *   EPERM         the buffer is not exported to this node, not for this kind of access, or not imported
  *   ENOMEM        no room in the heap, in /dev/shm, or within the bound of pinned memory
  *   ENOENT        no such export, or no such cluster
  *   EEXIST        the node has an export of that name already
  *   EBUSY         the memory or export is in use
  *   EAGAIN        too many transfers are under way
+ *   ENOBUFS       a send's data is in place, but the owner's ring of notifications is full
  *   EHOSTUNREACH  the cluster has no such node
  *   ECONNRESET    the buffer was unexported, or this endpoint has ended
  *   ETIMEDOUT     it lasted longer than timeout_ms; EINTR: a signal handler ran meanwhile
@@ -164,8 +165,8 @@ struct vmmc_notice {
 };
 
 /* Takes the oldest notification of that export (or VMMC_EVERY: of every export without a handler),
- * waiting for one if need be.  Notifications wait in a ring of 1024 for the whole endpoint: one that
- * nobody takes holds up those behind it once the ring is full. */
+ * waiting for one if need be.  Notifications wait in a ring of 1024 for the whole endpoint: once one that
+ * nobody takes is so far behind, sends that ask for another fail with ENOBUFS. */
 VMMC_API int vmmc_notification(struct vmmc_endpoint *endpoint, int export_id, struct vmmc_notice *notice,
                                int timeout_ms);
 

@@ -17,19 +17,22 @@
 #include "vmmc_layout.h"
 
 uint64_t vmmc_layout_size(const char *what) {
-  const struct { const char *what; uint64_t size; } sizes[] = {
-    {"app", VMMC_APP_BYTES},
-    {"nic", VMMC_NIC_BYTES},
-    {"own", 64ull << 20},
-    {"state", 64ull << 20},
-    {"pub", (sizeof(struct vmmc_pub) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE},
-    {"door", (sizeof(struct vmmc_door) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE},
-    {"magic", VMMC_MAGIC},
-    {"version", VMMC_LAYOUT_VERSION},
-    {"nodes", VMMC_NODES_MAX},
-    {"endpoints", VMMC_ENDPOINTS_MAX},
-    {"ring", VMMC_RING},
-    {"heap", VMMC_HEAP_BYTES},
+  const struct {
+    const char *what;
+    uint64_t size;
+  } sizes[] = {
+      {"app", VMMC_APP_BYTES},
+      {"nic", VMMC_NIC_BYTES},
+      {"own", 64ull << 20},
+      {"state", 64ull << 20},
+      {"pub", (sizeof(struct vmmc_pub) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE},
+      {"door", (sizeof(struct vmmc_door) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE},
+      {"magic", VMMC_MAGIC},
+      {"version", VMMC_LAYOUT_VERSION},
+      {"nodes", VMMC_NODES_MAX},
+      {"endpoints", VMMC_ENDPOINTS_MAX},
+      {"ring", VMMC_RING},
+      {"heap", VMMC_HEAP_BYTES},
   };
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
     if (strcmp(sizes[i].what, what) == 0) return sizes[i].size;
@@ -92,7 +95,8 @@ static void copy_command(char *to, size_t size, const char *from, size_t from_si
   to[length] = 0;
 }
 
-static bool app_header_read(const char *cluster, uint32_t node, uint32_t serial, struct vmmc_app_header *header) {
+static bool app_header_read(const char *cluster, uint32_t node, uint32_t serial,
+                            struct vmmc_app_header *header) {
   int fd = endpoint_open(cluster, node, serial, "app");
   if (fd < 0) return false;
   bool whole = segment_read(fd, 0, header, sizeof *header);
@@ -113,9 +117,11 @@ _Static_assert(sizeof(struct vmmc_nic_counters) == NIC_COUNTERS * sizeof(uint64_
 _Static_assert(sizeof(struct vmmc_app_counters) == APP_COUNTERS * sizeof(uint64_t), "counters are an array");
 
 static int counters_fill(const uint64_t *values, struct vmmc_counter *counters, int most) {
-  static const struct { const char *name, *meaning; } text[COUNTERS] = {
+  static const struct {
+    const char *name, *meaning;
+  } text[COUNTERS] = {
 #define TEXT(name, meaning) {#name, meaning},
-    VMMC_NIC_COUNTERS(TEXT) VMMC_APP_COUNTERS(TEXT)
+      VMMC_NIC_COUNTERS(TEXT) VMMC_APP_COUNTERS(TEXT)
 #undef TEXT
   };
   for (int i = 0; i < COUNTERS && i < most; i++)
@@ -164,11 +170,11 @@ int vmmc_node_info(const char *cluster, uint32_t node, struct vmmc_node_info *in
   struct vmmc_pub pub;
   if (!pub_read(cluster, node, &pub)) return -1;
   *info = (struct vmmc_node_info){
-    .node = pub.node,
-    .nodes = pub.nodes,
-    .incarnation = atomic_load_explicit(&pub.incarnation, memory_order_relaxed),
-    .nic_pid = atomic_load_explicit(&pub.nic_pid, memory_order_relaxed),
-    .asleep = atomic_load_explicit(&pub.asleep, memory_order_relaxed),
+      .node = pub.node,
+      .nodes = pub.nodes,
+      .incarnation = atomic_load_explicit(&pub.incarnation, memory_order_relaxed),
+      .nic_pid = atomic_load_explicit(&pub.nic_pid, memory_order_relaxed),
+      .asleep = atomic_load_explicit(&pub.asleep, memory_order_relaxed),
   };
   for (int i = 0; i < VMMC_ENDPOINTS_MAX; i++)
     info->endpoints += atomic_load_explicit(&pub.endpoint[i], memory_order_relaxed) != 0;
@@ -208,13 +214,13 @@ static void address_text(const struct vmmc_address *address, char *text, size_t 
 static const char *state_name(uint32_t state, uint32_t status, uint32_t shut) {
   bool ended = status & VMMC_END_OF_FILE, shut_write = shut & (VMMC_SHUT_WRITE | VMMC_CLOSED);
   switch (state) {
-    case VMMC_IDLE: return "UNCONN";
-    case VMMC_LISTENING: return "LISTEN";
-    case VMMC_CONNECTING: return "SYN-SENT";
-    case VMMC_ESTABLISHED:
-      return ended ? (shut_write ? "LAST-ACK" : "CLOSE-WAIT") : (shut_write ? "FIN-WAIT" : "ESTAB");
-    case VMMC_DEAD: return "CLOSED";
-    default: return "UNKNOWN";
+  case VMMC_IDLE: return "UNCONN";
+  case VMMC_LISTENING: return "LISTEN";
+  case VMMC_CONNECTING: return "SYN-SENT";
+  case VMMC_ESTABLISHED:
+    return ended ? (shut_write ? "LAST-ACK" : "CLOSE-WAIT") : (shut_write ? "FIN-WAIT" : "ESTAB");
+  case VMMC_DEAD: return "CLOSED";
+  default: return "UNKNOWN";
   }
 }
 
@@ -224,7 +230,8 @@ static uint64_t queued(uint64_t upto, uint64_t from) {
   return upto < from ? 0 : bytes > VMMC_RING ? VMMC_RING : bytes;
 }
 
-static void socket_fill(const struct vmmc_app_slot *app, const struct vmmc_nic_slot *nic, struct vmmc_socket_info *s) {
+static void socket_fill(const struct vmmc_app_slot *app, const struct vmmc_nic_slot *nic,
+                        struct vmmc_socket_info *s) {
   uint32_t state = atomic_load_explicit(&nic->state, memory_order_relaxed);
   uint32_t status = atomic_load_explicit(&nic->status, memory_order_relaxed);
   uint32_t generation = atomic_load_explicit(&nic->generation, memory_order_relaxed);
@@ -296,7 +303,8 @@ static int sockets_of_endpoint(int app_fd, int nic_fd, const struct vmmc_socket_
   }
   return count;
 }
-_Static_assert(VMMC_PAGE % sizeof(struct vmmc_nic_slot) == 0 && VMMC_NIC_SLOTS % VMMC_PAGE == 0, "no slot spans pages");
+_Static_assert(VMMC_PAGE % sizeof(struct vmmc_nic_slot) == 0 && VMMC_NIC_SLOTS % VMMC_PAGE == 0,
+               "no slot spans pages");
 
 int vmmc_sockets(const char *cluster, uint32_t node, struct vmmc_socket_info *sockets, int most) {
   struct vmmc_pub pub;
@@ -306,7 +314,8 @@ int vmmc_sockets(const char *cluster, uint32_t node, struct vmmc_socket_info *so
     uint32_t serial = atomic_load_explicit(&pub.endpoint[i], memory_order_relaxed);
     struct vmmc_app_header header;
     if (!serial || !app_header_read(cluster, node, serial, &header)) continue;
-    int app_fd = endpoint_open(cluster, node, serial, "app"), nic_fd = endpoint_open(cluster, node, serial, "nic");
+    int app_fd = endpoint_open(cluster, node, serial, "app"),
+        nic_fd = endpoint_open(cluster, node, serial, "nic");
     if (app_fd >= 0 && nic_fd >= 0) {
       struct vmmc_socket_info pattern = {.pid = header.pid, .serial = serial};
       copy_command(pattern.command, sizeof pattern.command, header.command, sizeof header.command);
