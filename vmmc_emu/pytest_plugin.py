@@ -8,16 +8,14 @@
 
 ``vmmc_cluster`` makes clusters, ``vmmc`` is one of four nodes.  Both end with the test; the logs of their
 daemons, NICs and detached programs are attached to the report of a test that fails.  Names are random,
-so tests may run side by side (pytest-xdist), and a guard process takes clusters down when pytest itself
-is killed.
+so tests may run side by side (pytest-xdist), and a cluster belongs to the pytest process that made it: it
+ends when that process does, also when it is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,51 +26,6 @@ from vmmc_emu.cluster import Cluster
 ClusterFactory = Callable[..., Cluster]
 
 _CLUSTERS = pytest.StashKey[list[Cluster]]()
-_GUARD = pytest.StashKey[subprocess.Popen[str]]()
-
-# What the guard runs: it reads cluster names until whoever started it is gone, then ends what is left.
-_GUARD_PROGRAM = """
-import signal, subprocess, sys
-for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
-names = set()
-for line in sys.stdin:
-    verb, name = line.split()
-    names.add(name) if verb == "up" else names.discard(name)
-for name in names:
-    subprocess.run([sys.executable, "-m", "vmmc_emu.cli", "--cluster", name, "down"], check=False)
-"""
-
-
-def _guard(config: pytest.Config) -> subprocess.Popen[str]:
-    """The guard process of this pytest process, started when first needed."""
-    guard = config.stash.get(_GUARD, None)
-    if guard is None:
-        guard = subprocess.Popen(
-            [sys.executable, "-c", _GUARD_PROGRAM],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            text=True, start_new_session=True,
-        )  # fmt: skip
-        config.stash[_GUARD] = guard
-    return guard
-
-
-def _tell_guard(config: pytest.Config, verb: str, name: str) -> None:
-    pipe = _guard(config).stdin
-    assert pipe is not None
-    # A guard that somebody killed must not fail a test; a new one is started for the next cluster.
-    try:
-        pipe.write(f"{verb} {name}\n")
-        pipe.flush()
-    except BrokenPipeError:
-        del config.stash[_GUARD]
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Ends the guard."""
-    guard = config.stash.get(_GUARD, None)
-    if guard is not None:
-        guard.communicate()
 
 
 @pytest.fixture
@@ -83,8 +36,6 @@ def vmmc_cluster(request: pytest.FixtureRequest) -> Iterator[ClusterFactory]:
 
         def start(nodes: int = 4, **options: Any) -> Cluster:
             name = options.pop("name", None) or f"test-{secrets.token_hex(6)}"
-            _tell_guard(request.config, "up", name)
-            stack.callback(_tell_guard, request.config, "down", name)
             cluster = stack.enter_context(Cluster(nodes=nodes, name=name, **options))
             clusters.append(cluster)
             return cluster
