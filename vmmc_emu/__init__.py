@@ -8,7 +8,7 @@
         print(cluster.node(3).run(["redis-cli", "-h", "node0", "ping"], capture_output=True).stdout)
 
 Programs on nodes are ordinary programs: their TCP sockets are carried by VMMC without their knowing.
-A program that wants to speak VMMC itself uses `vmmc_emu.vmmc` (Python) or `vmmc.h` (C).
+A program that wants to speak VMMC itself uses `vmmc_emu.attach` (Python) or `vmmc.h` (C).
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vmmc_emu.cluster import Cluster, Node, RemoteCall
     from vmmc_emu.errors import ClusterError
+    from vmmc_emu.vmmc import Endpoint, attach
 
-__all__ = ["Cluster", "ClusterError", "Node", "RemoteCall"]
+__all__ = ["Cluster", "ClusterError", "Endpoint", "Node", "RemoteCall", "attach"]
 
 # Loaded when first used: the command line and the daemons must start in milliseconds.
 _HOMES = {
     "Cluster": "vmmc_emu.cluster",
     "ClusterError": "vmmc_emu.errors",
+    "Endpoint": "vmmc_emu.vmmc",
     "Node": "vmmc_emu.cluster",
     "RemoteCall": "vmmc_emu.cluster",
+    "attach": "vmmc_emu.vmmc",
 }
 
 
