@@ -1,0 +1,304 @@
+/* calls.c: the families of read and write on sockets, and ioctl. */
+#include <errno.h>
+#include <limits.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+
+#include "process.h"
+#include "readiness.h"
+#include "real.h"
+#include "setup.h"
+
+#define SOCKET_OR(fd, kernel)                        \
+  struct file *f = socket_get(fd);                   \
+  if (__builtin_expect(f == NULL, 0)) return kernel; \
+  if (__builtin_expect(f == &file_forked, 0)) return descriptor_refuse(fd)
+
+static bool is_nonblocking(const struct file *f) {
+  return atomic_load_explicit(&f->nonblocking, memory_order_relaxed);
+}
+
+static int flags_of(const struct file *f, int flags) { return is_nonblocking(f) ? flags | MSG_DONTWAIT : flags; }
+
+static ssize_t received(struct file *f, const struct iovec *vector, int count, int flags) {
+  ssize_t result = socket_receive(f->socket, vector, count, flags_of(f, flags));
+  file_put(f);
+  if (result >= 0) return result;
+  errno = (int)-result;
+  return -1;
+}
+
+static ssize_t sent(struct file *f, const struct iovec *vector, int count, int flags) {
+  ssize_t result = socket_send(f->socket, vector, count, flags_of(f, flags));
+  file_put(f);
+  if (result >= 0) return result;
+  if (result == -EPIPE && !(flags & MSG_NOSIGNAL)) raise(SIGPIPE);
+  errno = (int)-result;
+  return -1;
+}
+
+static ssize_t wrong(struct file *f, int error) {
+  file_put(f);
+  errno = error;
+  return -1;
+}
+
+/* ---- receiving ---- */
+
+INTERPOSE ssize_t read(int fd, void *buffer, size_t length) {
+  SOCKET_OR(fd, REAL(read)(fd, buffer, length));
+  if (length == 0) return file_put(f), 0;
+  return received(f, &(struct iovec){buffer, length}, 1, 0);
+}
+ssize_t __read(int fd, void *buffer, size_t length) __attribute__((alias("read"), visibility("default")));
+
+INTERPOSE ssize_t __read_chk(int fd, void *buffer, size_t length, size_t size) {
+  if (length > size) __chk_fail();
+  return read(fd, buffer, length);
+}
+
+INTERPOSE ssize_t readv(int fd, const struct iovec *vector, int count) {
+  SOCKET_OR(fd, REAL(readv)(fd, vector, count));
+  if (count < 0 || count > IOV_MAX) return wrong(f, EINVAL);
+  return received(f, vector, count, 0);
+}
+
+INTERPOSE ssize_t recv(int fd, void *buffer, size_t length, int flags) {
+  SOCKET_OR(fd, REAL(recv)(fd, buffer, length, flags));
+  return received(f, &(struct iovec){buffer, length}, 1, flags);
+}
+INTERPOSE ssize_t __recv_chk(int fd, void *buffer, size_t length, size_t size, int flags) {
+  if (length > size) __chk_fail();
+  return recv(fd, buffer, length, flags);
+}
+
+INTERPOSE ssize_t recvfrom(int fd, void *restrict buffer, size_t length, int flags, struct sockaddr *restrict address,
+                           socklen_t *restrict address_length) {
+  SOCKET_OR(fd, REAL(recvfrom)(fd, buffer, length, flags, address, address_length));
+  ssize_t result = received(f, &(struct iovec){buffer, length}, 1, flags);
+  if (result >= 0 && address && address_length) *address_length = 0; /* TCP names nobody */
+  return result;
+}
+INTERPOSE ssize_t __recvfrom_chk(int fd, void *buffer, size_t length, size_t size, int flags, struct sockaddr *address,
+                                 socklen_t *address_length) {
+  if (length > size) __chk_fail();
+  return recvfrom(fd, buffer, length, flags, address, address_length);
+}
+
+/* Descriptors that came over an AF_UNIX socket have numbers that the kernel gives out anew. */
+static void arrived(const struct msghdr *message) {
+  for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR((struct msghdr *)(uintptr_t)message, c)) {
+    if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+    for (size_t i = 0; i < (c->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++) {
+      int fd;
+      memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+      descriptor_fresh(fd);
+    }
+  }
+}
+
+static ssize_t kernel_recvmsg(int fd, struct msghdr *message, int flags) {
+  ssize_t result = REAL(recvmsg)(fd, message, flags);
+  if (result >= 0 && process_on_node && message->msg_controllen) arrived(message);
+  return result;
+}
+
+INTERPOSE ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
+  SOCKET_OR(fd, kernel_recvmsg(fd, message, flags));
+  if (message->msg_iovlen > IOV_MAX) return wrong(f, EMSGSIZE);
+  ssize_t result = received(f, message->msg_iov, (int)message->msg_iovlen, flags);
+  if (result >= 0) {
+    message->msg_namelen = 0;
+    message->msg_controllen = 0;
+    message->msg_flags = 0;
+  }
+  return result;
+}
+
+INTERPOSE int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, struct timespec *timeout) {
+  SOCKET_OR(fd, REAL(recvmmsg)(fd, messages, count, flags, timeout));
+  file_put(f);
+  uint64_t start = vmmc_now_ns();
+  unsigned done = 0;
+  while (done < count) {
+    int wait = flags & MSG_WAITFORONE && done ? flags | MSG_DONTWAIT : flags;
+    ssize_t got = recvmsg(fd, &messages[done].msg_hdr, wait & ~MSG_WAITFORONE);
+    if (got < 0) break;
+    messages[done++].msg_len = (unsigned)got;
+    if (got == 0) break; /* end of file: there will be no more */
+    /* As the kernel does: the time is looked at after each message only. */
+    if (timeout && vmmc_now_ns() - start >= (uint64_t)timeout->tv_sec * 1000000000 + (uint64_t)timeout->tv_nsec) break;
+  }
+  return done ? (int)done : -1;
+}
+
+/* ---- sending ---- */
+
+INTERPOSE ssize_t write(int fd, const void *buffer, size_t length) {
+  SOCKET_OR(fd, REAL(write)(fd, buffer, length));
+  return sent(f, &(struct iovec){(void *)(uintptr_t)buffer, length}, 1, 0);
+}
+ssize_t __write(int fd, const void *buffer, size_t length) __attribute__((alias("write"), visibility("default")));
+
+INTERPOSE ssize_t writev(int fd, const struct iovec *vector, int count) {
+  SOCKET_OR(fd, REAL(writev)(fd, vector, count));
+  if (count < 0 || count > IOV_MAX) return wrong(f, EINVAL);
+  return sent(f, vector, count, 0);
+}
+
+INTERPOSE ssize_t send(int fd, const void *buffer, size_t length, int flags) {
+  SOCKET_OR(fd, REAL(send)(fd, buffer, length, flags));
+  return sent(f, &(struct iovec){(void *)(uintptr_t)buffer, length}, 1, flags);
+}
+ssize_t __send(int fd, const void *buffer, size_t length, int flags)
+    __attribute__((alias("send"), visibility("default")));
+
+INTERPOSE ssize_t sendto(int fd, const void *buffer, size_t length, int flags, const struct sockaddr *address,
+                         socklen_t address_length) {
+  SOCKET_OR(fd, address && setup_refuses(fd, address, address_length)
+                    ? -1
+                    : REAL(sendto)(fd, buffer, length, flags, address, address_length));
+  return sent(f, &(struct iovec){(void *)(uintptr_t)buffer, length}, 1, flags);
+}
+
+/* A VMMC socket is memory of this process: it cannot be handed to another over AF_UNIX. */
+static bool carries_ours(const struct msghdr *message) {
+  if (!process_on_node || !message || !message->msg_control || !message->msg_controllen) return false;
+  for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR((struct msghdr *)(uintptr_t)message, c)) {
+    if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+    for (size_t i = 0; i < (c->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++) {
+      int fd;
+      memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+      struct file *f = descriptor_peek(fd);
+      if (f && f->kind != FILE_EPOLL) return true;
+    }
+  }
+  return false;
+}
+
+static bool refuses_message(int fd, const struct msghdr *message) {
+  if (carries_ours(message)) {
+    static _Atomic bool said;
+    if (!atomic_exchange(&said, true))
+      process_say("a VMMC socket cannot be passed to another process over an AF_UNIX socket (EOPNOTSUPP)");
+    errno = EOPNOTSUPP;
+    return true;
+  }
+  return process_on_node && message && message->msg_name &&
+         setup_refuses(fd, message->msg_name, message->msg_namelen);
+}
+
+INTERPOSE ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
+  SOCKET_OR(fd, refuses_message(fd, message) ? -1 : REAL(sendmsg)(fd, message, flags));
+  if (message->msg_iovlen > IOV_MAX) return wrong(f, EMSGSIZE);
+  return sent(f, message->msg_iov, (int)message->msg_iovlen, flags);
+}
+
+INTERPOSE int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags) {
+  if (!descriptor_peek(fd)) {
+    for (unsigned i = 0; messages && process_on_node && i < count; i++) {
+      if (!refuses_message(fd, &messages[i].msg_hdr)) continue;
+      return i ? REAL(sendmmsg)(fd, messages, i, flags) : -1; /* those before it are sent */
+    }
+    return REAL(sendmmsg)(fd, messages, count, flags);
+  }
+  unsigned done = 0;
+  while (done < count) {
+    ssize_t put = sendmsg(fd, &messages[done].msg_hdr, flags);
+    if (put < 0) break;
+    messages[done++].msg_len = (unsigned)put;
+  }
+  return done || !count ? (int)done : -1;
+}
+
+/* ---- files ---- */
+
+static ssize_t send_file(struct file *f, int from, off64_t *offset, size_t length) {
+  struct stat status;
+  int flags = REAL(fcntl)(from, F_GETFL);
+  if (flags < 0 || (flags & O_ACCMODE) == O_WRONLY) return wrong(f, EBADF);
+  if (fstat(from, &status) < 0) return wrong(f, errno);
+  if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) return wrong(f, EINVAL); /* as the kernel: must be mappable */
+  off64_t at = offset ? *offset : lseek64(from, 0, SEEK_CUR);
+  if (at < 0) return wrong(f, EINVAL);
+  enum { CHUNK = 64 * 1024 };
+  char *buffer = malloc(CHUNK);
+  if (!buffer) return wrong(f, ENOMEM);
+  ssize_t total = 0, result = 0;
+  while ((size_t)total < length) {
+    /* Room first: what is read and does not fit would be read again. */
+    if (is_nonblocking(f) && !(socket_ready(f->socket) & (EPOLLOUT | EPOLLERR | EPOLLHUP))) {
+      result = -EAGAIN;
+      break;
+    }
+    size_t chunk = length - (size_t)total < CHUNK ? length - (size_t)total : CHUNK;
+    ssize_t got = pread64(from, buffer, chunk, at);
+    if (got < 0) result = -errno;
+    if (got <= 0) break;
+    result = socket_send(f->socket, &(struct iovec){buffer, (size_t)got}, 1, flags_of(f, 0));
+    if (result < 0) break;
+    total += result;
+    at += result;
+    if (result < got) break; /* non-blocking and full, or interrupted */
+  }
+  free(buffer);
+  if (offset) *offset = at;
+  else if (total) lseek64(from, at, SEEK_SET);
+  file_put(f);
+  if (total || result >= 0) return total;
+  if (result == -EPIPE) raise(SIGPIPE);
+  errno = (int)-result;
+  return -1;
+}
+
+INTERPOSE ssize_t sendfile64(int to, int from, off64_t *offset, size_t length) {
+  SOCKET_OR(to, descriptor_peek(from) ? (errno = EINVAL, -1) : REAL(sendfile64)(to, from, offset, length));
+  return send_file(f, from, offset, length);
+}
+INTERPOSE ssize_t sendfile(int to, int from, off_t *offset, size_t length) {
+  SOCKET_OR(to, descriptor_peek(from) ? (errno = EINVAL, -1) : REAL(sendfile)(to, from, offset, length));
+  off64_t wide = offset ? *offset : 0;
+  ssize_t result = send_file(f, from, offset ? &wide : NULL, length);
+  if (offset) *offset = (off_t)wide;
+  return result;
+}
+
+INTERPOSE ssize_t splice(int from, off64_t *from_offset, int to, off64_t *to_offset, size_t length, unsigned flags) {
+  struct file *a = descriptor_peek(from), *b = descriptor_peek(to);
+  if ((a && a->kind != FILE_EPOLL) || (b && b->kind != FILE_EPOLL)) {
+    errno = EINVAL; /* what splice answers for a file without support: programs then copy */
+    return -1;
+  }
+  return REAL(splice)(from, from_offset, to, to_offset, length, flags);
+}
+
+/* ---- ioctl ---- */
+
+INTERPOSE int ioctl(int fd, unsigned long request, ...) {
+  va_list arguments;
+  va_start(arguments, request);
+  void *argument = va_arg(arguments, void *);
+  va_end(arguments);
+  SOCKET_OR(fd, REAL(ioctl)(fd, request, argument));
+  int result;
+  if (request == FIONBIO) {
+    if (!argument) return (int)wrong(f, EFAULT);
+    atomic_store_explicit(&f->nonblocking, *(int *)argument != 0, memory_order_relaxed);
+    result = 0;
+  } else if (request == FIOCLEX || request == FIONCLEX) {
+    result = REAL(ioctl)(fd, request) < 0 ? -errno : 0;
+  } else if ((result = socket_ioctl(f->socket, request, argument)) == -ENOTTY && request >= 0x8900 && request < 0x8a00) {
+    /* Questions about the host's interfaces, for which any internet socket will do. */
+    int handle = REAL(socket)(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    result = handle < 0 ? -errno : REAL(ioctl)(handle, request, argument) < 0 ? -errno : 0;
+    if (handle >= 0) REAL(close)(handle);
+  }
+  file_put(f);
+  if (result >= 0) return result;
+  errno = -result;
+  return -1;
+}

@@ -1,0 +1,441 @@
+/* descriptors.c: the table from descriptor numbers to VMMC sockets, and the calls that duplicate and
+ * close descriptors.  See descriptors.h. */
+#include "descriptors.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+
+#include "process.h"
+#include "readiness.h"
+#include "real.h"
+#include "setup.h"
+
+_Atomic(descriptor_entry *) descriptor_table[DESCRIPTOR_CHUNKS];
+struct file file_forked = {.kind = FILE_FORKED};
+
+static pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER; /* chunks, unused files, the base socket */
+static struct file *unused_files;
+static _Atomic uint32_t open_sockets;
+static int base_fd = -1;                    /* the listening socket that placeholders duplicate */
+static bool base_unsure;                    /* a fork may have closed it */
+static _Atomic int32_t owner_pid;           /* whose table this is */
+static const char base_name[] = "\0vmmc."; /* how the base socket's address begins */
+
+/* ---- files ---- */
+
+struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instance *set) {
+  pthread_mutex_lock(&table_lock);
+  struct file *f = unused_files;
+  if (f) {
+    unused_files = f->next_free;
+  } else {
+    /* A batch at a time; never given back, see struct file. */
+    enum { BATCH = 32 };
+    struct file *batch = calloc(BATCH, sizeof *batch);
+    for (int i = 1; batch && i < BATCH; i++) {
+      batch[i].next_free = unused_files;
+      unused_files = &batch[i];
+    }
+    f = batch;
+  }
+  pthread_mutex_unlock(&table_lock);
+  if (!f) {
+    errno = ENOMEM;
+    return NULL;
+  }
+  f->kind = kind;
+  f->socket = socket;
+  f->set = set;
+  f->items = NULL;
+  f->options = NULL;
+  f->next_free = NULL;
+  atomic_store_explicit(&f->nonblocking, 0, memory_order_relaxed);
+  if (socket) {
+    socket->readiness = f;
+    atomic_fetch_add_explicit(&open_sockets, 1, memory_order_relaxed);
+    process_watch_forks();
+  }
+  atomic_store_explicit(&f->holds, 1, memory_order_release); /* whoever holds it sees it filled in */
+  return f;
+}
+
+void file_hold(struct file *f) {
+  if (f != &file_forked) atomic_fetch_add_explicit(&f->holds, 1, memory_order_relaxed);
+}
+
+void file_put(struct file *f) {
+  /* acq_rel: whoever puts the last hold sees what all others did with the file */
+  if (f == &file_forked || atomic_fetch_sub_explicit(&f->holds, 1, memory_order_acq_rel) != 1) return;
+  int error = errno;
+  readiness_forget(f);
+  setup_forget_options(f);
+  if (f->kind == FILE_SOCKET) {
+    atomic_fetch_sub_explicit(&open_sockets, 1, memory_order_relaxed);
+    socket_close(f->socket);
+    socket_release(f->socket);
+  }
+  pthread_mutex_lock(&table_lock);
+  f->next_free = unused_files;
+  unused_files = f;
+  pthread_mutex_unlock(&table_lock);
+  errno = error;
+}
+
+uint32_t descriptor_sockets(void) { return atomic_load_explicit(&open_sockets, memory_order_relaxed); }
+
+/* ---- the table ---- */
+
+static descriptor_entry *entry_of(int fd) {
+  if ((unsigned)fd >= DESCRIPTOR_CHUNK * DESCRIPTOR_CHUNKS) return NULL;
+  descriptor_entry *chunk = atomic_load_explicit(&descriptor_table[fd / DESCRIPTOR_CHUNK], memory_order_acquire);
+  return chunk ? &chunk[fd % DESCRIPTOR_CHUNK] : NULL;
+}
+
+struct file *descriptor_hold(int fd) {
+  if (__builtin_expect(!process_is_ours(), 0)) process_forked();
+  for (;;) {
+    struct file *f = descriptor_peek(fd);
+    if (!f || f == &file_forked) return f;
+    uint32_t holds = atomic_load_explicit(&f->holds, memory_order_relaxed);
+    while (holds && !atomic_compare_exchange_weak_explicit(&f->holds, &holds, holds + 1, memory_order_acquire,
+                                                           memory_order_relaxed)) {
+    }
+    if (!holds) continue; /* closed between the two looks: the entry has changed */
+    if (descriptor_peek(fd) == f) return f;
+    file_put(f); /* the number was given to another file meanwhile */
+  }
+}
+
+int descriptor_install(int fd, struct file *f) {
+  if ((unsigned)fd >= DESCRIPTOR_CHUNK * DESCRIPTOR_CHUNKS) {
+    errno = EMFILE;
+    return -1;
+  }
+  _Atomic(descriptor_entry *) *chunk = &descriptor_table[fd / DESCRIPTOR_CHUNK];
+  if (!atomic_load_explicit(chunk, memory_order_acquire)) {
+    descriptor_entry *fresh = calloc(DESCRIPTOR_CHUNK, sizeof *fresh), *none = NULL;
+    if (!fresh) return -1;
+    if (!atomic_compare_exchange_strong(chunk, &none, fresh)) free((void *)fresh);
+  }
+  struct file *before = atomic_exchange_explicit(entry_of(fd), f, memory_order_acq_rel);
+  if (before) file_put(before);
+  return 0;
+}
+
+void descriptor_forget(int fd) {
+  descriptor_entry *entry = entry_of(fd);
+  if (!entry || descriptor_is_borrowed()) return;
+  struct file *before = atomic_exchange_explicit(entry, NULL, memory_order_acq_rel);
+  if (before) file_put(before);
+}
+
+void descriptor_walk(unsigned first, unsigned last, void (*visit)(int fd, struct file *f, void *context),
+                     void *context) {
+  for (unsigned c = first / DESCRIPTOR_CHUNK; c < DESCRIPTOR_CHUNKS && c <= last / DESCRIPTOR_CHUNK; c++) {
+    if (!atomic_load_explicit(&descriptor_table[c], memory_order_acquire)) continue;
+    for (unsigned i = 0; i < DESCRIPTOR_CHUNK; i++) {
+      unsigned fd = c * DESCRIPTOR_CHUNK + i;
+      struct file *f = descriptor_peek((int)fd);
+      if (f && fd >= first && fd <= last) visit((int)fd, f, context);
+    }
+  }
+}
+
+bool descriptor_is_borrowed(void) {
+  if (!process_is_ours()) process_forked();
+  return (int32_t)syscall(SYS_getpid) != atomic_load_explicit(&owner_pid, memory_order_relaxed);
+}
+
+/* ---- placeholders ---- */
+
+bool descriptor_is_placeholder(int fd) {
+  struct sockaddr_un name;
+  socklen_t length = sizeof name;
+  if (REAL(getsockname)(fd, (struct sockaddr *)&name, &length) < 0) return false;
+  return name.sun_family == AF_UNIX && length > offsetof(struct sockaddr_un, sun_path) + sizeof base_name - 1 &&
+         !memcmp(name.sun_path, base_name, sizeof base_name - 1);
+}
+
+static int base_open(void) {
+  if (base_unsure && (!endpoint_descriptor_is_private(base_fd) || !descriptor_is_placeholder(base_fd))) base_fd = -1;
+  base_unsure = false;
+  if (base_fd >= 0) return base_fd;
+  struct sockaddr_un name = {.sun_family = AF_UNIX};
+  int fd = REAL(socket)(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return -1;
+  /* The pid is for people who look at /proc/net/unix; the random part keeps pid namespaces apart. */
+  uint64_t random = 0;
+  if (getrandom(&random, sizeof random, 0) < 0) random = vmmc_now_ns();
+  int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "%s%d.%016llx", base_name + 1, getpid(),
+                        (unsigned long long)random);
+  if (REAL(bind)(fd, (struct sockaddr *)&name, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + length)) < 0 ||
+      REAL(listen)(fd, 0) < 0) {
+    int error = errno;
+    REAL(close)(fd);
+    errno = error;
+    return -1;
+  }
+  int private = endpoint_private_descriptor(fd);
+  if (private < 0) {
+    errno = -private;
+    return -1;
+  }
+  return base_fd = private;
+}
+
+int descriptor_placeholder(bool close_on_exec) {
+  pthread_mutex_lock(&table_lock);
+  int base = base_open();
+  pthread_mutex_unlock(&table_lock);
+  if (base < 0) return -1;
+  return REAL(fcntl)(base, close_on_exec ? F_DUPFD_CLOEXEC : F_DUPFD, 0);
+}
+
+/* ---- fork ---- */
+
+__attribute__((constructor)) static void owner_begin(void) {
+  atomic_store_explicit(&owner_pid, getpid(), memory_order_relaxed);
+}
+
+void descriptor_fork_prepare(void) { pthread_mutex_lock(&table_lock); }
+void descriptor_fork_parent(void) { pthread_mutex_unlock(&table_lock); }
+
+static void close_to_child(int fd, struct file *f, void *context) {
+  (void)context;
+  /* The files stay as they are, leaked: their locks may have been held, their sockets are the parent's. */
+  atomic_store_explicit(entry_of(fd), f->kind == FILE_EPOLL ? NULL : &file_forked, memory_order_release);
+}
+
+void descriptor_fork_child(void) {
+  table_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+  atomic_store_explicit(&owner_pid, (int32_t)syscall(SYS_getpid), memory_order_relaxed);
+  atomic_store_explicit(&open_sockets, 0, memory_order_relaxed);
+  descriptor_walk(0, UINT32_MAX, close_to_child, NULL);
+  base_unsure = true; /* the endpoint's own fork handler closes private descriptors, perhaps after this one */
+}
+
+int descriptor_refuse(int fd) {
+  static _Atomic bool said;
+  if (process_diagnostics && !atomic_exchange(&said, true))
+    process_say("descriptor %d was a VMMC socket of the process that forked this one (now parent %d): a fork leaves "
+                "user-level sockets to the parent, so using it here fails with EBADF; open sockets after the fork",
+                fd, getppid());
+  errno = EBADF;
+  return -1;
+}
+
+/* ---- duplicating and closing: the interposed calls ---- */
+
+INTERPOSE int close(int fd) {
+  if (!descriptor_peek(fd)) {
+    if (__builtin_expect(process_on_node, 0) && fd > 2 && endpoint_descriptor_is_private(fd) &&
+        !descriptor_is_borrowed()) {
+      errno = EBADF; /* to the program that number is not open */
+      return -1;
+    }
+    return REAL(close)(fd);
+  }
+  if (descriptor_is_borrowed()) return REAL(close)(fd);
+  /* The entry goes first: once the kernel has the number back, another thread may be given it. */
+  descriptor_entry *entry = entry_of(fd);
+  struct file *f = atomic_exchange_explicit(entry, NULL, memory_order_acq_rel);
+  int result = REAL(close)(fd);
+  if (f) file_put(f);
+  return result;
+}
+int __close(int fd) __attribute__((alias("close"), visibility("default")));
+
+/* Installs at `fresh` what `f` says, after the kernel made that duplicate. Takes over the hold. */
+static int duplicated(int fresh, struct file *f) {
+  if (fresh >= 0 && f && descriptor_install(fresh, f) == 0) return fresh;
+  int error = errno;
+  if (f) file_put(f);
+  if (fresh >= 0 && f) {
+    REAL(close)(fresh);
+    fresh = -1;
+  }
+  errno = error;
+  return fresh;
+}
+
+INTERPOSE int dup(int fd) {
+  struct file *f = file_get(fd);
+  if (!f) return descriptor_fresh(REAL(dup)(fd));
+  if (f == &file_forked) return descriptor_refuse(fd);
+  int fresh = REAL(dup)(fd);
+  if (descriptor_is_borrowed()) {
+    file_put(f);
+    return fresh;
+  }
+  return duplicated(fresh, f);
+}
+
+static int dup_onto(int from, int to, int flags, bool is_dup2) {
+  struct file *f = file_get(from);
+  if (f == &file_forked) return descriptor_refuse(from);
+  struct file *before = descriptor_peek(to);
+  if (__builtin_expect(process_on_node, 0) && to > 2 && endpoint_descriptor_is_private(to) &&
+      !descriptor_is_borrowed()) {
+    if (f) file_put(f);
+    errno = EBUSY; /* as the kernel says where a number is being taken; ours are numbered out of the way */
+    return -1;
+  }
+  int result = is_dup2 ? REAL(dup2)(from, to) : REAL(dup3)(from, to, flags);
+  if (!f && !before) return result;
+  if (result < 0 || from == to || descriptor_is_borrowed()) {
+    if (f) file_put(f);
+    return result;
+  }
+  if (f) return duplicated(result, f);
+  descriptor_forget(to);
+  return result;
+}
+INTERPOSE int dup2(int from, int to) { return dup_onto(from, to, 0, true); }
+INTERPOSE int dup3(int from, int to, int flags) { return dup_onto(from, to, flags, false); }
+int __dup2(int from, int to) __attribute__((alias("dup2"), nothrow, leaf, visibility("default")));
+
+static int do_fcntl(__typeof__(&fcntl) real, int fd, int command, void *argument) {
+  bool duplicates = command == F_DUPFD || command == F_DUPFD_CLOEXEC;
+  struct file *f = file_get(fd);
+  if (!f) {
+    int result = real(fd, command, argument);
+    return duplicates ? descriptor_fresh(result) : result;
+  }
+  if (f == &file_forked) return descriptor_refuse(fd);
+  int result;
+  if (duplicates) {
+    result = real(fd, command, argument);
+    if (!descriptor_is_borrowed()) return duplicated(result, f);
+  } else if (f->kind == FILE_SOCKET && command == F_GETFL) {
+    result = O_RDWR | (atomic_load_explicit(&f->nonblocking, memory_order_relaxed) ? O_NONBLOCK : 0);
+  } else if (f->kind == FILE_SOCKET && command == F_SETFL) {
+    atomic_store_explicit(&f->nonblocking, ((int)(intptr_t)argument & O_NONBLOCK) != 0, memory_order_relaxed);
+    result = 0;
+    if ((int)(intptr_t)argument & O_ASYNC) { /* no SIGIO from here: better refused than never sent */
+      errno = EINVAL;
+      result = -1;
+    }
+  } else {
+    result = real(fd, command, argument);
+  }
+  file_put(f);
+  return result;
+}
+
+INTERPOSE int fcntl(int fd, int command, ...) {
+  va_list arguments;
+  va_start(arguments, command);
+  void *argument = va_arg(arguments, void *);
+  va_end(arguments);
+  return do_fcntl(real_known ? real_calls.fcntl : (real_resolve(), real_calls.fcntl), fd, command, argument);
+}
+INTERPOSE int fcntl64(int fd, int command, ...) {
+  va_list arguments;
+  va_start(arguments, command);
+  void *argument = va_arg(arguments, void *);
+  va_end(arguments);
+  return do_fcntl(real_known ? real_calls.fcntl64 : (real_resolve(), real_calls.fcntl64), fd, command, argument);
+}
+int __fcntl(int fd, int command, ...) __attribute__((alias("fcntl"), visibility("default")));
+
+static void forget_one(int fd, struct file *f, void *context) {
+  (void)f, (void)context;
+  descriptor_forget(fd);
+}
+
+static int range_call(unsigned first, unsigned last, int flags) {
+  if (REAL(close_range)) return REAL(close_range)(first, last, flags);
+  return (int)syscall(SYS_close_range, first, last, flags);
+}
+
+/* Which of the library's own descriptors lie in [first, last], ascending; at most `room` of them. */
+static int private_between(unsigned first, unsigned last, unsigned *found, int room) {
+  int count = 0, directory = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (directory < 0) return 0;
+  char buffer[4096];
+  for (long length; (length = syscall(SYS_getdents64, directory, buffer, sizeof buffer)) > 0;) {
+    for (long at = 0; at < length;) {
+      struct { /* linux_dirent64 */
+        uint64_t inode;
+        int64_t offset;
+        uint16_t size;
+        uint8_t type;
+        char name[];
+      } *entry = (void *)(buffer + at);
+      at += entry->size;
+      if (entry->name[0] == '.') continue;
+      unsigned fd = (unsigned)strtoul(entry->name, NULL, 10);
+      if (fd < first || fd > last || count == room || !endpoint_descriptor_is_private((int)fd)) continue;
+      int place = count++;
+      for (; place > 0 && found[place - 1] > fd; place--) found[place] = found[place - 1];
+      found[place] = fd;
+    }
+  }
+  syscall(SYS_close, directory);
+  return count;
+}
+
+/* Spares the library's own descriptors: the program does not know that it has them. */
+static int close_between(unsigned first, unsigned last, int flags) {
+  if (!process_on_node || (flags & ~CLOSE_RANGE_UNSHARE) || first > last || descriptor_is_borrowed())
+    return range_call(first, last, flags);
+  descriptor_walk(first, last, forget_one, NULL);
+  unsigned private[VMMC_WAKERS + 16];
+  int count = private_between(first, last, private, (int)(sizeof private / sizeof *private));
+  for (int i = 0; i < count; first = private[i++] + 1)
+    if (private[i] > first && range_call(first, private[i] - 1, flags) < 0) return -1;
+  return first <= last && (count == 0 || first > private[count - 1]) ? range_call(first, last, flags) : 0;
+}
+
+INTERPOSE int close_range(unsigned first, unsigned last, int flags) { return close_between(first, last, flags); }
+INTERPOSE void closefrom(int first) { close_between(first < 0 ? 0 : (unsigned)first, UINT32_MAX, 0); }
+
+/* ---- calls that hand out new numbers: what we knew of a number that libc closed is over ---- */
+
+#define FRESH(result) return descriptor_fresh(result)
+#define MODE(flags)                                                                        \
+  ({                                                                                       \
+    va_list arguments;                                                                     \
+    va_start(arguments, flags);                                                            \
+    mode_t mode = (flags) & (O_CREAT | __O_TMPFILE) ? va_arg(arguments, mode_t) : 0;       \
+    va_end(arguments);                                                                     \
+    mode;                                                                                  \
+  })
+INTERPOSE int open(const char *path, int flags, ...) { FRESH(REAL(open)(path, flags, MODE(flags))); }
+INTERPOSE int open64(const char *path, int flags, ...) { FRESH(REAL(open64)(path, flags, MODE(flags))); }
+INTERPOSE int openat(int at, const char *path, int flags, ...) { FRESH(REAL(openat)(at, path, flags, MODE(flags))); }
+INTERPOSE int openat64(int at, const char *path, int flags, ...) {
+  FRESH(REAL(openat64)(at, path, flags, MODE(flags)));
+}
+INTERPOSE int creat(const char *path, mode_t mode) { FRESH(REAL(creat)(path, mode)); }
+INTERPOSE int creat64(const char *path, mode_t mode) { FRESH(REAL(creat64)(path, mode)); }
+INTERPOSE int eventfd(unsigned count, int flags) { FRESH(REAL(eventfd)(count, flags)); }
+INTERPOSE int timerfd_create(clockid_t clock, int flags) { FRESH(REAL(timerfd_create)(clock, flags)); }
+INTERPOSE int signalfd(int fd, const sigset_t *mask, int flags) {
+  int result = REAL(signalfd)(fd, mask, flags);
+  return fd == -1 ? descriptor_fresh(result) : result;
+}
+INTERPOSE int inotify_init(void) { FRESH(REAL(inotify_init)()); }
+INTERPOSE int inotify_init1(int flags) { FRESH(REAL(inotify_init1)(flags)); }
+INTERPOSE int memfd_create(const char *name, unsigned flags) { FRESH(REAL(memfd_create)(name, flags)); }
+INTERPOSE int pipe2(int pair[2], int flags) {
+  int result = REAL(pipe2)(pair, flags);
+  if (result == 0) descriptor_fresh(pair[0]), descriptor_fresh(pair[1]);
+  return result;
+}
+INTERPOSE int pipe(int pair[2]) {
+  int result = REAL(pipe)(pair);
+  if (result == 0) descriptor_fresh(pair[0]), descriptor_fresh(pair[1]);
+  return result;
+}
+static FILE *fresh_stream(FILE *stream) {
+  if (stream) descriptor_fresh(fileno(stream));
+  return stream;
+}
+INTERPOSE FILE *fopen(const char *path, const char *mode) { return fresh_stream(REAL(fopen)(path, mode)); }
+INTERPOSE FILE *fopen64(const char *path, const char *mode) { return fresh_stream(REAL(fopen64)(path, mode)); }

@@ -1,0 +1,273 @@
+/*
+ * names.c: the names and addresses of the cluster's nodes.
+ *
+ * node0 ... resolve to the nodes' addresses and back; the host's name is the node's; its interfaces are
+ * loopback and the node's own.  All other names are the C library's to resolve.
+ */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <netpacket/packet.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "process.h"
+#include "real.h"
+#include "socket.h"
+
+/* Node i has 198.18.0.0 + i + 1 and fd00:766d:6d63::(i + 1). */
+static struct in_addr address_of(uint32_t node) { return (struct in_addr){htonl(0xc6120000u + node + 1)}; }
+static struct in6_addr address6_of(uint32_t node) {
+  struct in6_addr a = {.s6_addr = {0xfd, 0x00, 0x76, 0x6d, 0x6d, 0x63}};
+  a.s6_addr[14] = (uint8_t)((node + 1) >> 8);
+  a.s6_addr[15] = (uint8_t)(node + 1);
+  return a;
+}
+
+/* "node3", any case, with or without a final dot. */
+static bool node_of_name(const char *name, uint32_t *node) {
+  if (!process_on_node || !name || strncasecmp(name, "node", 4) || name[4] < '0' || name[4] > '9') return false;
+  char *end;
+  unsigned long number = strtoul(name + 4, &end, 10);
+  if ((*end == '.' && end[1]) || (*end && *end != '.') || (name[4] == '0' && end - name > 5 && name[5] != '.')) return false;
+  *node = (uint32_t)number;
+  return number < process_nodes;
+}
+
+/* The node that has an address; not for loopback, whose name is localhost. */
+static bool node_of_address(const void *bytes, int family, uint32_t *node, bool *in_cluster) {
+  struct sockaddr_storage storage = {.ss_family = (sa_family_t)family};
+  struct sockaddr_in *v4 = (void *)&storage;
+  struct sockaddr_in6 *v6 = (void *)&storage;
+  *in_cluster = false;
+  if (!process_on_node) return false;
+  if (family == AF_INET) {
+    memcpy(&v4->sin_addr, bytes, sizeof v4->sin_addr);
+    uint32_t ip = ntohl(v4->sin_addr.s_addr);
+    if (ip >> 24 == 127 || ip == 0) return false;
+  } else {
+    memcpy(&v6->sin6_addr, bytes, sizeof v6->sin6_addr);
+    if (IN6_IS_ADDR_LOOPBACK(&v6->sin6_addr) || IN6_IS_ADDR_UNSPECIFIED(&v6->sin6_addr)) return false;
+    if (IN6_IS_ADDR_V4MAPPED(&v6->sin6_addr))
+      return node_of_address(v6->sin6_addr.s6_addr + 12, AF_INET, node, in_cluster);
+  }
+  enum socket_route route =
+      socket_route_of((struct sockaddr *)&storage, family == AF_INET ? sizeof *v4 : sizeof *v6, node);
+  *in_cluster = route != ROUTE_KERNEL;
+  return route == ROUTE_NODE;
+}
+
+static int name_of(uint32_t node, char *name, size_t size) { return snprintf(name, size, "node%u", node); }
+
+/* ---- getaddrinfo, getnameinfo ---- */
+
+INTERPOSE int getaddrinfo(const char *restrict name, const char *restrict service,
+                          const struct addrinfo *restrict hints, struct addrinfo **restrict result) {
+  uint32_t node;
+  if (!node_of_name(name, &node) || (hints && hints->ai_flags & AI_NUMERICHOST))
+    return REAL(getaddrinfo)(name, service, hints, result);
+  /* The C library's own answers for the numbers, so that its freeaddrinfo frees them. */
+  struct addrinfo asked = hints ? *hints : (struct addrinfo){.ai_flags = AI_V4MAPPED | AI_ADDRCONFIG};
+  int family = asked.ai_family;
+  bool canonical = asked.ai_flags & AI_CANONNAME;
+  asked.ai_flags = (asked.ai_flags | AI_NUMERICHOST) & ~(AI_ADDRCONFIG | AI_CANONNAME | AI_V4MAPPED | AI_ALL);
+  char text[INET6_ADDRSTRLEN];
+  struct addrinfo *first = NULL, **end = &first;
+  int error = EAI_FAMILY;
+  for (int v6 = 0; v6 < 2; v6++) { /* IPv4 first, as the C library sorts a private IPv6 address behind it */
+    struct in_addr a4 = address_of(node);
+    struct in6_addr a6 = address6_of(node);
+    asked.ai_family = v6 ? AF_INET6 : AF_INET;
+    if (family != AF_UNSPEC && family != asked.ai_family) continue;
+    inet_ntop(asked.ai_family, v6 ? (void *)&a6 : (void *)&a4, text, sizeof text);
+    error = REAL(getaddrinfo)(text, service, &asked, end);
+    if (error) break;
+    while (*end) end = &(*end)->ai_next;
+  }
+  if (!error && canonical) {
+    name_of(node, text, sizeof text);
+    if (!(first->ai_canonname = strdup(text))) error = EAI_MEMORY;
+  }
+  if (error) {
+    if (first) freeaddrinfo(first);
+    return error;
+  }
+  *result = first;
+  return 0;
+}
+
+INTERPOSE int getnameinfo(const struct sockaddr *restrict address, socklen_t length, char *restrict host,
+                          socklen_t host_size, char *restrict service, socklen_t service_size, int flags) {
+  uint32_t node;
+  bool in_cluster = false, known = false;
+  if (process_on_node && address && !(flags & NI_NUMERICHOST)) {
+    if (address->sa_family == AF_INET && length >= sizeof(struct sockaddr_in))
+      known = node_of_address(&((const struct sockaddr_in *)(const void *)address)->sin_addr, AF_INET, &node, &in_cluster);
+    if (address->sa_family == AF_INET6 && length >= sizeof(struct sockaddr_in6))
+      known = node_of_address(&((const struct sockaddr_in6 *)(const void *)address)->sin6_addr, AF_INET6, &node, &in_cluster);
+  }
+  if (in_cluster && !known) { /* no node's: no need to ask the world for it */
+    if (flags & NI_NAMEREQD) return EAI_NONAME;
+    flags |= NI_NUMERICHOST;
+  }
+  if (!known) return REAL(getnameinfo)(address, length, host, host_size, service, service_size, flags);
+  if (host && host_size) {
+    char name[32];
+    if ((socklen_t)name_of(node, name, sizeof name) >= host_size) return EAI_OVERFLOW;
+    strcpy(host, name);
+  }
+  if (!service || !service_size) return host && host_size ? 0 : EAI_NONAME;
+  return REAL(getnameinfo)(address, length, NULL, 0, service, service_size, flags);
+}
+
+/* ---- gethostbyname and its like ---- */
+
+/* Fills in the answer for a node, with all that it points to in `buffer`. 0 or ERANGE. */
+static int fill(struct hostent *entry, char *buffer, size_t size, uint32_t node, int family) {
+  struct parts {
+    char *aliases[1];
+    char *addresses[2];
+    union {
+      struct in_addr v4;
+      struct in6_addr v6;
+    } address;
+    char name[16];
+  };
+  size_t skip = -(uintptr_t)buffer % _Alignof(struct parts);
+  if (size < skip + sizeof(struct parts)) return ERANGE;
+  struct parts *parts = (void *)(buffer + skip);
+  memset(parts, 0, sizeof *parts);
+  name_of(node, parts->name, sizeof parts->name);
+  if (family == AF_INET) parts->address.v4 = address_of(node);
+  else parts->address.v6 = address6_of(node);
+  parts->addresses[0] = (char *)&parts->address;
+  *entry = (struct hostent){.h_name = parts->name, .h_aliases = parts->aliases, .h_addrtype = family,
+                            .h_length = family == AF_INET ? 4 : 16, .h_addr_list = parts->addresses};
+  return 0;
+}
+
+static struct hostent shared_entry; /* what the functions without _r return, as the C library does */
+static char shared_buffer[256];
+
+static struct hostent *shared(uint32_t node, int family) {
+  fill(&shared_entry, shared_buffer, sizeof shared_buffer, node, family);
+  return &shared_entry;
+}
+
+static int reentrant(struct hostent *entry, char *buffer, size_t size, struct hostent **result, int *error,
+                     uint32_t node, int family) {
+  int status = fill(entry, buffer, size, node, family);
+  *result = status ? NULL : entry;
+  if (status) *error = NETDB_INTERNAL;
+  return status;
+}
+
+INTERPOSE struct hostent *gethostbyname(const char *name) {
+  uint32_t node;
+  return node_of_name(name, &node) ? shared(node, AF_INET) : REAL(gethostbyname)(name);
+}
+INTERPOSE struct hostent *gethostbyname2(const char *name, int family) {
+  uint32_t node;
+  if ((family == AF_INET || family == AF_INET6) && node_of_name(name, &node)) return shared(node, family);
+  return REAL(gethostbyname2)(name, family);
+}
+INTERPOSE int gethostbyname_r(const char *restrict name, struct hostent *restrict entry, char *restrict buffer,
+                              size_t size, struct hostent **restrict result, int *restrict error) {
+  uint32_t node;
+  if (node_of_name(name, &node)) return reentrant(entry, buffer, size, result, error, node, AF_INET);
+  return REAL(gethostbyname_r)(name, entry, buffer, size, result, error);
+}
+INTERPOSE int gethostbyname2_r(const char *restrict name, int family, struct hostent *restrict entry,
+                               char *restrict buffer, size_t size, struct hostent **restrict result,
+                               int *restrict error) {
+  uint32_t node;
+  if ((family == AF_INET || family == AF_INET6) && node_of_name(name, &node))
+    return reentrant(entry, buffer, size, result, error, node, family);
+  return REAL(gethostbyname2_r)(name, family, entry, buffer, size, result, error);
+}
+
+static bool address_fits(const void *address, socklen_t length, int family) {
+  return address && ((family == AF_INET && length == 4) || (family == AF_INET6 && length == 16));
+}
+INTERPOSE struct hostent *gethostbyaddr(const void *address, socklen_t length, int family) {
+  uint32_t node;
+  bool in_cluster;
+  if (!address_fits(address, length, family) || !node_of_address(address, family, &node, &in_cluster))
+    return REAL(gethostbyaddr)(address, length, family);
+  return shared(node, family);
+}
+INTERPOSE int gethostbyaddr_r(const void *restrict address, socklen_t length, int family,
+                              struct hostent *restrict entry, char *restrict buffer, size_t size,
+                              struct hostent **restrict result, int *restrict error) {
+  uint32_t node;
+  bool in_cluster;
+  if (!address_fits(address, length, family) || !node_of_address(address, family, &node, &in_cluster))
+    return REAL(gethostbyaddr_r)(address, length, family, entry, buffer, size, result, error);
+  return reentrant(entry, buffer, size, result, error, node, family);
+}
+
+/* ---- this node ---- */
+
+INTERPOSE int gethostname(char *name, size_t size) {
+  if (!process_on_node) return REAL(gethostname)(name, size);
+  char own[32];
+  size_t length = (size_t)name_of(process_node, own, sizeof own) + 1;
+  memcpy(name, own, length < size ? length : size);
+  if (length <= size) return 0;
+  errno = ENAMETOOLONG;
+  return -1;
+}
+INTERPOSE int __gethostname_chk(char *name, size_t length, size_t size) {
+  if (length > size) __chk_fail();
+  return gethostname(name, length);
+}
+
+INTERPOSE int uname(struct utsname *system) {
+  int result = REAL(uname)(system);
+  if (result == 0 && process_on_node) {
+    memset(system->nodename, 0, sizeof system->nodename);
+    name_of(process_node, system->nodename, sizeof system->nodename);
+  }
+  return result;
+}
+
+/* One block, as the C library makes it: its freeifaddrs is a free(). */
+INTERPOSE int getifaddrs(struct ifaddrs **result) {
+  if (!process_on_node) return REAL(getifaddrs)(result);
+  enum { COUNT = 4 };
+  struct block {
+    struct ifaddrs list[COUNT];
+    union {
+      struct sockaddr any;
+      struct sockaddr_in v4;
+      struct sockaddr_in6 v6;
+    } address[COUNT], mask[COUNT];
+    char loopback[8], own[8];
+  } *b = calloc(1, sizeof *b);
+  if (!b) {
+    errno = ENOMEM;
+    return -1;
+  }
+  strcpy(b->loopback, "lo");
+  strcpy(b->own, "vmmc0");
+  for (int i = 0; i < COUNT; i++) {
+    bool own = i & 1, v6 = i >= 2;
+    b->list[i] = (struct ifaddrs){.ifa_next = i + 1 < COUNT ? &b->list[i + 1] : NULL,
+                                  .ifa_name = own ? b->own : b->loopback,
+                                  .ifa_flags = IFF_UP | IFF_RUNNING | (own ? 0 : IFF_LOOPBACK),
+                                  .ifa_addr = &b->address[i].any, .ifa_netmask = &b->mask[i].any};
+    if (v6) {
+      b->address[i].v6 = (struct sockaddr_in6){.sin6_family = AF_INET6,
+                                               .sin6_addr = own ? address6_of(process_node) : in6addr_loopback};
+      b->mask[i].v6.sin6_family = AF_INET6;
+      memset(&b->mask[i].v6.sin6_addr, 0xff, own ? 8 : 16);
+    } else {
+      b->address[i].v4 = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr = own ? address_of(process_node)
+                                                                            : (struct in_addr){htonl(INADDR_LOOPBACK)}};
+      b->mask[i].v4 = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr = {htonl(own ? 0xfffe0000u : 0xff000000u)}};
+    }
+  }
+  *result = b->list;
+  return 0;
+}

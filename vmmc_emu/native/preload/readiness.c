@@ -1,0 +1,466 @@
+/* readiness.c: sets, the event ring, and sleeping on both sockets and kernel descriptors.  See readiness.h. */
+#include "readiness.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+
+#include "process.h"
+#include "real.h"
+
+static pthread_mutex_t routes = PTHREAD_MUTEX_INITIALIZER;
+static uint32_t group_users[VMMC_GROUPS]; /* sets that use each wake group; guarded by routes */
+
+void routes_take(void) { pthread_mutex_lock(&routes); }
+void routes_release(void) { pthread_mutex_unlock(&routes); }
+
+/* ---- sets ---- */
+
+struct instance *set_new(void) {
+  struct instance *set = calloc(1, sizeof *set);
+  if (!set) return NULL;
+  pthread_mutex_init(&set->lock, NULL);
+  set->kick_fd = -1;
+  return set;
+}
+
+void set_free(struct instance *set) {
+  pthread_mutex_destroy(&set->lock);
+  free(set->numbers);
+  free(set);
+}
+
+static void group_take(struct instance *set) {
+  if (set->has_group) return;
+  uint32_t best = 0; /* groups are shared when there are more sets than groups: costs idle wakes */
+  for (uint32_t g = 1; g < VMMC_GROUPS; g++)
+    if (group_users[g] < group_users[best]) best = g;
+  group_users[best]++;
+  set->group = best;
+  set->has_group = true;
+}
+
+/* Groups that want to hear of a file: of the sets it is in, and of the sets that those are in. */
+static uint64_t groups_of(const struct file *f, int depth) {
+  uint64_t groups = 0;
+  if (depth > 5) return 0; /* the kernel nests no deeper either */
+  for (const struct item *i = f->items; i; i = i->file_next) {
+    if (i->set->has_group) groups |= 1ull << i->set->group;
+    if (i->set->file) groups |= groups_of(i->set->file, depth + 1);
+  }
+  return groups;
+}
+
+static void update_watch(struct file *f, int depth) {
+  if (f->kind == FILE_SOCKET) {
+    socket_set_watch(f->socket, groups_of(f, 0));
+  } else if (f->kind == FILE_EPOLL && depth <= 5) {
+    for (uint32_t n = 0; n < f->set->numbers_size; n++)
+      for (struct item *i = f->set->numbers[n]; i; i = i->number_next) update_watch(i->file, depth + 1);
+  }
+}
+
+struct item *set_find(struct instance *set, int fd, struct file *f) {
+  if ((uint32_t)fd >= set->numbers_size) return NULL;
+  struct item *i = set->numbers[fd];
+  while (i && i->file != f) i = i->number_next;
+  return i;
+}
+
+int set_add(struct instance *set, int fd, struct file *f, const struct epoll_event *event) {
+  if ((uint32_t)fd >= set->numbers_size) {
+    uint32_t size = set->numbers_size ? set->numbers_size : 16;
+    while (size <= (uint32_t)fd) size *= 2;
+    struct item **numbers = realloc(set->numbers, size * sizeof(struct item *));
+    if (!numbers) return -ENOMEM;
+    memset(numbers + set->numbers_size, 0, (size - set->numbers_size) * sizeof(struct item *));
+    set->numbers = numbers;
+    set->numbers_size = size;
+  }
+  struct item *i = calloc(1, sizeof *i);
+  if (!i) return -ENOMEM;
+  *i = (struct item){.set = set, .file = f, .fd = fd, .events = event->events, .data = event->data, .fresh = true,
+                     .file_next = f->items, .number_next = set->numbers[fd]};
+  set->numbers[fd] = i;
+  f->items = i;
+  group_take(set);
+  atomic_fetch_add(&set->members, 1);
+  update_watch(f, 0); /* before the caller looks whether it is ready: a change from here on is an event */
+  return 0;
+}
+
+static void unlist(struct item *item) { /* with the set's lock held */
+  if (!item->listed) return;
+  struct instance *set = item->set;
+  *(item->list_previous ? &item->list_previous->list_next : &set->first) = item->list_next;
+  *(item->list_next ? &item->list_next->list_previous : &set->last) = item->list_previous;
+  item->list_next = item->list_previous = NULL;
+  item->listed = false;
+  atomic_fetch_sub_explicit(&set->listed, 1, memory_order_relaxed);
+}
+
+static void enlist(struct item *item) { /* with the set's lock held */
+  if (item->listed) return;
+  struct instance *set = item->set;
+  item->list_previous = set->last;
+  *(set->last ? &set->last->list_next : &set->first) = item;
+  set->last = item;
+  item->listed = true;
+  atomic_fetch_add_explicit(&set->listed, 1, memory_order_release);
+}
+
+void set_remove(struct item *item) {
+  struct instance *set = item->set;
+  struct file *f = item->file;
+  struct item **at = &set->numbers[item->fd];
+  while (*at != item) at = &(*at)->number_next;
+  *at = item->number_next;
+  for (at = &f->items; *at != item;) at = &(*at)->file_next;
+  *at = item->file_next;
+  pthread_mutex_lock(&set->lock);
+  unlist(item);
+  pthread_mutex_unlock(&set->lock);
+  atomic_fetch_sub(&set->members, 1);
+  update_watch(f, 0);
+  free(item);
+}
+
+void set_remove_all(struct instance *set) {
+  for (uint32_t n = 0; n < set->numbers_size; n++)
+    while (set->numbers[n]) set_remove(set->numbers[n]);
+  if (set->has_group) group_users[set->group]--;
+  set->has_group = false;
+}
+
+/* ---- waking ---- */
+
+enum { FRESH_WAKERS = VMMC_WAKERS };
+
+/* Event descriptors for threads that sleep in the kernel's poll.  A thread has one to itself while it
+ * sleeps: one that several drained would wake only one of them. */
+static struct {
+  _Atomic uint64_t busy;       /* bit w: some thread has waker w */
+  _Atomic int fd[VMMC_WAKERS]; /* number + 1; 0: not made yet */
+  _Atomic uint32_t given[VMMC_WAKERS]; /* serial of the endpoint whose NIC has it, + 1 */
+} wakers;
+
+static __thread int sleeping_fd __attribute__((tls_model("initial-exec"))) = -1;
+
+void readiness_signal(void) {
+  if (sleeping_fd < 0) return;
+  int error = errno;
+  uint64_t one = 1;
+  (void)!syscall(SYS_write, sleeping_fd, &one, sizeof one);
+  errno = error;
+}
+
+/* A waker's number, or -1: all are in use or none can be made. */
+static int waker_take(struct endpoint *e) {
+  uint64_t busy = atomic_load(&wakers.busy);
+  int w;
+  do {
+    if (busy == UINT64_MAX) return -1;
+    w = __builtin_ctzll(~busy);
+  } while (!atomic_compare_exchange_weak(&wakers.busy, &busy, busy | 1ull << w));
+  int fd = atomic_load(&wakers.fd[w]) - 1;
+  if (fd < 0) {
+    fd = endpoint_private_descriptor((int)syscall(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
+    if (fd >= 0) atomic_store(&wakers.fd[w], fd + 1);
+  }
+  if (fd >= 0 && e && atomic_load(&wakers.given[w]) != e->serial + 1 &&
+      endpoint_give_waker(e, (uint32_t)w, fd) == 0)
+    atomic_store(&wakers.given[w], e->serial + 1);
+  if (fd >= 0 && (!e || atomic_load(&wakers.given[w]) == e->serial + 1)) return w;
+  atomic_fetch_and(&wakers.busy, ~(1ull << w));
+  return -1;
+}
+
+static void waker_drain(int w) {
+  uint64_t count;
+  (void)!syscall(SYS_read, atomic_load(&wakers.fd[w]) - 1, &count, sizeof count);
+}
+
+/* Wakes the set's sleepers for something that no NIC tells them of. */
+static void kick(struct instance *set) {
+  if (!atomic_load(&set->sleepers)) return;
+  atomic_fetch_add(&set->kicks, 1);
+  syscall(SYS_futex, &set->kicks, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+  uint64_t one = 1;
+  for (uint64_t left = atomic_load(&set->wakers); left; left &= left - 1)
+    (void)!syscall(SYS_write, atomic_load(&wakers.fd[__builtin_ctzll(left)]) - 1, &one, sizeof one);
+}
+
+static void raise_item(struct item *item, bool with_kick, int depth) {
+  struct instance *set = item->set;
+  pthread_mutex_lock(&set->lock);
+  if (!item->disabled) enlist(item);
+  pthread_mutex_unlock(&set->lock);
+  if (with_kick) kick(set);
+  if (set->file && depth < 5)
+    for (struct item *i = set->file->items; i; i = i->file_next) raise_item(i, with_kick, depth + 1);
+}
+
+void set_raise(struct item *item, bool with_kick) { raise_item(item, with_kick, 0); }
+
+void readiness_changed(struct file *f) {
+  if (!f->items) return;
+  routes_take();
+  for (struct item *i = f->items; i; i = i->file_next) set_raise(i, true);
+  routes_release();
+}
+
+/* ---- looking ---- */
+
+static bool ring_has_entries(struct endpoint *e) {
+  return e && atomic_load_explicit(&nic_header(e)->events, memory_order_acquire) !=
+                  atomic_load_explicit(&app_header(e)->events_taken, memory_order_relaxed);
+}
+
+static void take_ring(struct endpoint *e) { /* with routes held */
+  struct vmmc_app_header *app = app_header(e);
+  const _Atomic uint32_t *ring = (const void *)(e->nic + VMMC_NIC_EVENTS);
+  uint64_t taken = atomic_load_explicit(&app->events_taken, memory_order_relaxed);
+  while (taken != atomic_load_explicit(&nic_header(e)->events, memory_order_acquire)) {
+    uint32_t slot = atomic_load_explicit(&ring[taken % VMMC_EVENTS], memory_order_relaxed);
+    /* seq_cst: taken before anybody reads the socket's state, so that a change after that reading finds
+     * no untaken entry and enters it again. */
+    atomic_store(&app->events_taken, ++taken);
+    struct vsocket *s = socket_of_slot(e, slot);
+    if (!s) continue;
+    struct file *f = s->readiness;
+    /* Without a kick: the NIC has woken, or a sleeper's last look (under routes) will see the list. */
+    if (f)
+      for (struct item *i = f->items; i; i = i->file_next) set_raise(i, false);
+    socket_release(s);
+  }
+}
+
+bool set_stirs(struct instance *set) {
+  return atomic_load_explicit(&set->listed, memory_order_acquire) || ring_has_entries(endpoint_current());
+}
+
+bool set_look(struct instance *set) {
+  struct endpoint *e = endpoint_current();
+  routes_take(); /* even when the ring is empty: another thread may be between taking and listing */
+  if (e) take_ring(e);
+  routes_release();
+  return atomic_load_explicit(&set->listed, memory_order_acquire);
+}
+
+static bool set_is_ready(struct instance *set, int depth);
+
+static uint32_t ready_of(struct file *f, int depth) {
+  if (f->kind == FILE_SOCKET) return socket_ready(f->socket);
+  return f->kind == FILE_EPOLL && depth < 5 && set_is_ready(f->set, depth + 1) ? EPOLLIN : 0;
+}
+
+uint32_t readiness_of(struct file *f) { return ready_of(f, 0); }
+
+/* What epoll_wait would report of an item now; remembers nothing. */
+static uint32_t would_report(struct item *item, struct socket_edges *edges, int depth) {
+  bool is_socket = item->file->kind == FILE_SOCKET;
+  if (item->disabled) return 0;
+  /* The edges first: one that comes after is then reported once too often, not lost. */
+  if (is_socket && item->events & EPOLLET) *edges = socket_edges(item->file->socket);
+  uint32_t ready = ready_of(item->file, depth);
+  if (ready & EPOLLIN) ready |= EPOLLRDNORM;
+  if (ready & EPOLLOUT) ready |= EPOLLWRNORM;
+  ready &= (item->events & 0xffff) | EPOLLERR | EPOLLHUP;
+  if (ready && is_socket && item->events & EPOLLET && !item->fresh && edges->in == item->edges.in &&
+      (!(item->events & EPOLLOUT) || edges->out == item->edges.out))
+    return 0;
+  return ready;
+}
+
+static bool set_is_ready(struct instance *set, int depth) {
+  bool ready = false;
+  struct socket_edges edges = {0, 0};
+  pthread_mutex_lock(&set->lock);
+  for (struct item *i = set->first, *next; i && !ready; i = next) {
+    next = i->list_next;
+    if (would_report(i, &edges, depth)) ready = true;
+    else unlist(i);
+  }
+  pthread_mutex_unlock(&set->lock);
+  return ready;
+}
+
+int set_harvest(struct instance *set, struct epoll_event *events, int room) {
+  int count = 0;
+  pthread_mutex_lock(&set->lock);
+  uint32_t left = atomic_load_explicit(&set->listed, memory_order_relaxed); /* each item once */
+  while (left-- && count < room) {
+    struct item *i = set->first;
+    struct socket_edges edges = {0, 0};
+    uint32_t ready = would_report(i, &edges, 0);
+    unlist(i);
+    if (!ready) continue;
+    i->fresh = false;
+    i->edges = edges;
+    if (i->events & EPOLLONESHOT) i->disabled = true;
+    else if (!(i->events & EPOLLET)) enlist(i); /* level-triggered: look again next time, after the others */
+    events[count++] = (struct epoll_event){.events = ready, .data = i->data};
+  }
+  pthread_mutex_unlock(&set->lock);
+  return count;
+}
+
+void set_clear_list(struct instance *set) {
+  pthread_mutex_lock(&set->lock);
+  while (set->first) unlist(set->first);
+  pthread_mutex_unlock(&set->lock);
+}
+
+/* ---- sleeping ---- */
+
+static _Atomic bool no_waitv; /* the kernel (or a sandbox) has no futex_waitv */
+
+static bool wait_on_words(struct instance *set, const _Atomic uint32_t *group, uint32_t group_value, uint32_t kicks,
+                          uint64_t deadline_ns, struct wait_signals since) {
+  struct futex_waitv words[3] = {
+      {.uaddr = (uintptr_t)&set->kicks, .val = kicks, .flags = FUTEX_32 | FUTEX_PRIVATE_FLAG},
+      {.uaddr = (uintptr_t)&wait_self()->signals, .val = since.signals, .flags = FUTEX_32 | FUTEX_PRIVATE_FLAG},
+      {.uaddr = (uintptr_t)group, .val = group_value, .flags = FUTEX_32},
+  };
+  struct timespec deadline = {(time_t)(deadline_ns / 1000000000), (long)(deadline_ns % 1000000000)};
+  long result = syscall(SYS_futex_waitv, words, group ? 3 : 2, 0, deadline_ns == WAIT_FOREVER ? NULL : &deadline,
+                        CLOCK_MONOTONIC);
+  if (result < 0 && (errno == ENOSYS || errno == EPERM)) {
+    atomic_store(&no_waitv, true);
+    return false;
+  }
+  return true;
+}
+
+static void wait_in_poll(struct pollfd *kernel, nfds_t count, uint64_t deadline_ns, struct wait_signals since,
+                         int waker) {
+  /* All wakers in use (more than 64 threads sleep like this): look again every 10 ms. */
+  uint64_t now = vmmc_now_ns(), limit = waker < 0 ? now + 10000000 : WAIT_FOREVER;
+  if (deadline_ns < limit) limit = deadline_ns;
+  uint64_t left = limit > now ? limit - now : 0;
+  struct timespec timeout = {(time_t)(left / 1000000000), (long)(left % 1000000000)};
+  if (waker >= 0) {
+    kernel[count++] = (struct pollfd){.fd = atomic_load(&wakers.fd[waker]) - 1, .events = POLLIN};
+    sleeping_fd = kernel[count - 1].fd;
+    atomic_signal_fence(memory_order_seq_cst); /* from here a handler writes to it: none is missed */
+  }
+  if (!wait_interrupted(since, true)) REAL(ppoll)(kernel, count, limit == WAIT_FOREVER ? NULL : &timeout, NULL);
+  atomic_signal_fence(memory_order_seq_cst);
+  sleeping_fd = -1;
+  if (waker >= 0) waker_drain(waker);
+}
+
+void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64_t deadline_ns,
+               struct wait_signals since) {
+  struct pollfd none[1];
+  struct endpoint *e = endpoint_current();
+  struct vmmc_group_app *group = e && set->has_group ? &app_header(e)->group[set->group] : NULL;
+  const _Atomic uint32_t *word = group ? &nic_header(e)->group_wake[set->group] : NULL;
+  bool on_words = !kernel && !atomic_load_explicit(&no_waitv, memory_order_relaxed);
+  int waker = on_words ? -1 : waker_take(e);
+
+  /* Announce, then look for the last time; the NIC changes, then looks for sleepers: both seq_cst. */
+  uint32_t value = word ? atomic_load(word) : 0, kicks = atomic_load(&set->kicks);
+  atomic_fetch_add(&set->sleepers, 1);
+  if (waker >= 0) {
+    atomic_fetch_or(&set->wakers, 1ull << waker);
+    if (group) atomic_fetch_or(&group->wakers, 1ull << waker);
+  } else if (group) {
+    atomic_fetch_add(&group->asleep, 1);
+  }
+  if (!set_look(set) && !wait_interrupted(since, true)) {
+    if (e) atomic_fetch_add_explicit(&app_header(e)->counters.app_sleeps, 1, memory_order_relaxed);
+    if (on_words) wait_on_words(set, word, value, kicks, deadline_ns, since);
+    else wait_in_poll(kernel ? kernel : none, kernel ? count : 0, deadline_ns, since, waker);
+  }
+  if (waker >= 0) {
+    atomic_fetch_and(&set->wakers, ~(1ull << waker));
+    if (group) atomic_fetch_and(&group->wakers, ~(1ull << waker));
+    atomic_fetch_and(&wakers.busy, ~(1ull << waker));
+  } else if (group) {
+    atomic_fetch_sub(&group->asleep, 1);
+  }
+  atomic_fetch_sub(&set->sleepers, 1);
+}
+
+/* ---- files that end or change sides ---- */
+
+void readiness_forget(struct file *f) {
+  if (f->kind == FILE_SOCKET) {
+    f->socket->readiness = NULL;
+    if (!f->items) return;
+  }
+  routes_take();
+  while (f->items) set_remove(f->items);
+  if (f->kind == FILE_EPOLL) set_remove_all(f->set);
+  routes_release();
+  if (f->kind == FILE_EPOLL) {
+    if (f->set->kick_fd >= 0) syscall(SYS_close, f->set->kick_fd);
+    set_free(f->set);
+  }
+}
+
+/* Memberships on their way to the kernel's sets. */
+struct epoll_move {
+  struct epoll_move *next;
+  struct instance *set;
+  int fd;
+  struct epoll_event event;
+};
+
+struct epoll_move *readiness_leave(struct file *f) {
+  struct epoll_move *moved = NULL;
+  routes_take();
+  while (f->items) {
+    struct item *i = f->items;
+    struct epoll_move *m = i->set->file ? malloc(sizeof *m) : NULL;
+    if (m) {
+      *m = (struct epoll_move){moved, i->set, i->fd, {i->disabled ? 0 : i->events, i->data}};
+      moved = m;
+    }
+    set_remove(i);
+  }
+  routes_release();
+  return moved;
+}
+
+struct number_of {
+  struct file *file;
+  int fd;
+};
+static void find_number(int fd, struct file *f, void *context) {
+  struct number_of *wanted = context;
+  if (f == wanted->file) wanted->fd = fd;
+}
+
+void readiness_join_kernel(struct epoll_move *moved) {
+  while (moved) {
+    struct epoll_move *m = moved;
+    moved = m->next;
+    struct number_of epoll = {m->set->file, -1};
+    descriptor_walk(0, UINT32_MAX, find_number, &epoll);
+    if (epoll.fd >= 0 && REAL(epoll_ctl)(epoll.fd, EPOLL_CTL_ADD, m->fd, &m->event) == 0)
+      atomic_fetch_add(&m->set->kernel_members, 1);
+    free(m);
+  }
+}
+
+/* ---- fork ---- */
+
+void readiness_fork_prepare(void) { routes_take(); }
+void readiness_fork_parent(void) { routes_release(); }
+
+void readiness_fork_child(void) {
+  routes = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+  memset(group_users, 0, sizeof group_users);
+  /* The parent's wakers wake the parent: the child makes its own. */
+  for (int w = 0; w < VMMC_WAKERS; w++) {
+    atomic_store(&wakers.fd[w], 0);
+    atomic_store(&wakers.given[w], 0);
+  }
+  atomic_store(&wakers.busy, 0);
+  sleeping_fd = -1;
+}

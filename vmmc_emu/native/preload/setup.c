@@ -1,0 +1,297 @@
+/*
+ * setup.c: socket, bind, listen, accept, connect, shutdown, names and options.
+ *
+ * Every TCP socket is ours from socket() on, and becomes the kernel's when bind or connect shows an
+ * address outside the cluster, or a port that VMMC_KERNEL_PORTS keeps on loopback: a kernel socket with the
+ * same options is put over its numbers.  Sockets of every other kind are the kernel's from the start.
+ */
+#include "setup.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "process.h"
+#include "readiness.h"
+#include "real.h"
+
+#ifndef IPPROTO_MPTCP
+#define IPPROTO_MPTCP 262
+#endif
+
+/* One setsockopt call that was granted. */
+struct option {
+  struct option *next;
+  int level, name;
+  socklen_t length;
+  char value[];
+};
+
+/* Result of a libvmmc call in the form of the C library's. */
+static int finish(struct file *f, int result) {
+  file_put(f);
+  if (result >= 0) return result;
+  errno = -result;
+  return -1;
+}
+
+/* Looks up a socket or leaves the calling function: to the kernel, or with EBADF after a fork. */
+#define SOCKET_OR(fd, kernel)                       \
+  struct file *f = socket_get(fd);                  \
+  if (__builtin_expect(f == NULL, 0)) return kernel; \
+  if (f == &file_forked) return descriptor_refuse(fd)
+
+static bool is_ours(int domain, int type, int protocol) {
+  return process_on_node && (domain == AF_INET || domain == AF_INET6) &&
+         (type & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)) == SOCK_STREAM &&
+         (protocol == 0 || protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
+}
+
+/* Gives a socket its number; takes the reference over. */
+static int number_for(struct vsocket *s, int flags) {
+  int fd = descriptor_placeholder(flags & SOCK_CLOEXEC);
+  struct file *f = fd < 0 ? NULL : file_new(FILE_SOCKET, s, NULL);
+  if (!f) {
+    int error = errno;
+    if (fd >= 0) REAL(close)(fd);
+    socket_close(s);
+    socket_release(s);
+    errno = error;
+    return -1;
+  }
+  atomic_store_explicit(&f->nonblocking, (flags & SOCK_NONBLOCK) != 0, memory_order_relaxed);
+  if (descriptor_install(fd, f) < 0) {
+    int error = errno;
+    file_put(f);
+    REAL(close)(fd);
+    errno = error;
+    return -1;
+  }
+  return fd;
+}
+
+INTERPOSE int socket(int domain, int type, int protocol) {
+  if (!process_on_node) process_begin();
+  if (!is_ours(domain, type, protocol)) return descriptor_fresh(REAL(socket)(domain, type, protocol));
+  if (!process_is_ours()) process_forked();
+  struct vsocket *s = socket_new(domain);
+  if (!s) {
+    errno = ENOMEM;
+    return -1;
+  }
+  return number_for(s, type);
+}
+
+INTERPOSE int socketpair(int domain, int type, int protocol, int pair[2]) {
+  int result = REAL(socketpair)(domain, type, protocol, pair);
+  if (result == 0) descriptor_fresh(pair[0]), descriptor_fresh(pair[1]);
+  return result;
+}
+
+/* ---- a socket becomes the kernel's ---- */
+
+static void remember_option(struct file *f, int level, int name, const void *value, socklen_t length) {
+  struct option *o = malloc(sizeof *o + length);
+  if (!o) return; /* the option holds for the VMMC socket; a kernel socket would miss it */
+  *o = (struct option){.next = f->options, .level = level, .name = name, .length = length};
+  memcpy(o->value, value, length);
+  f->options = o;
+}
+
+void setup_forget_options(struct file *f) {
+  while (f->options) {
+    struct option *o = f->options;
+    f->options = o->next;
+    free(o);
+  }
+}
+
+static void repeat_options(int fd, const struct option *o) {
+  if (!o) return;
+  repeat_options(fd, o->next); /* the list has the newest first */
+  REAL(setsockopt)(fd, o->level, o->name, o->value, o->length);
+}
+
+struct replacement {
+  struct file *file;
+  int kernel_fd, error;
+};
+
+static void put_over(int fd, struct file *f, void *context) {
+  struct replacement *r = context;
+  if (f != r->file) return;
+  int flags = REAL(fcntl)(fd, F_GETFD);
+  /* In this order a thread that uses the number meanwhile meets the VMMC socket or the kernel's, never
+   * the placeholder. */
+  if (REAL(dup3)(r->kernel_fd, fd, flags & FD_CLOEXEC ? O_CLOEXEC : 0) < 0) r->error = errno;
+  else descriptor_forget(fd);
+}
+
+/* Puts a kernel socket over all numbers of f, which the caller holds. 0, or -1 with errno. */
+static int become_kernel(struct file *f) {
+  struct sockaddr_storage local = {0};
+  socklen_t length = sizeof local;
+  int fd = REAL(socket)(f->socket->family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return -1;
+  repeat_options(fd, f->options);
+  int error = 0;
+  if (atomic_load(&f->socket->phase) == SOCKET_BOUND &&
+      socket_name(f->socket, false, (struct sockaddr *)&local, &length) == 0) {
+    /* Ports of the node are not ports of the host: where it is taken there, the connection goes out
+     * from another, but an address that only the node has cannot be kept. */
+    if (REAL(bind)(fd, (struct sockaddr *)&local, length) < 0 && errno != EADDRINUSE) error = errno;
+  }
+  if (!error && atomic_load(&f->nonblocking)) {
+    int on = 1;
+    if (REAL(ioctl)(fd, FIONBIO, &on) < 0) error = errno;
+  }
+  if (!error) {
+    struct replacement r = {.file = f, .kernel_fd = fd};
+    struct epoll_move *moved = readiness_leave(f);
+    descriptor_walk(0, UINT32_MAX, put_over, &r);
+    readiness_join_kernel(moved);
+    error = r.error;
+  }
+  REAL(close)(fd);
+  errno = error;
+  return error ? -1 : 0;
+}
+
+static bool has_ip(const struct sockaddr *address, socklen_t length) {
+  return (length >= sizeof(struct sockaddr_in) && address->sa_family == AF_INET) ||
+         (length >= sizeof(struct sockaddr_in6) && address->sa_family == AF_INET6);
+}
+
+static uint16_t port_of(const struct sockaddr *address) {
+  return ntohs(address->sa_family == AF_INET ? ((const struct sockaddr_in *)(const void *)address)->sin_port
+                                             : ((const struct sockaddr_in6 *)(const void *)address)->sin6_port);
+}
+
+/* Loopback or a wildcard: addresses that the host has as well. */
+static bool is_on_host(const struct sockaddr *address) {
+  if (address->sa_family == AF_INET) {
+    uint32_t ip = ntohl(((const struct sockaddr_in *)(const void *)address)->sin_addr.s_addr);
+    return ip >> 24 == 127 || ip == 0;
+  }
+  const struct in6_addr *ip = &((const struct sockaddr_in6 *)(const void *)address)->sin6_addr;
+  if (IN6_IS_ADDR_V4MAPPED(ip)) return ip->s6_addr[12] == 127 || !memcmp(ip->s6_addr + 12, "\0\0\0\0", 4);
+  return IN6_IS_ADDR_LOOPBACK(ip) || IN6_IS_ADDR_UNSPECIFIED(ip);
+}
+
+bool setup_refuses(int fd, const struct sockaddr *address, socklen_t length) {
+  uint32_t node;
+  if (!process_on_node || !address || !has_ip(address, length) || is_on_host(address) ||
+      socket_route_of(address, length, &node) == ROUTE_KERNEL)
+    return false;
+  int type = 0;
+  socklen_t size = sizeof type;
+  if (REAL(getsockopt)(fd, SOL_SOCKET, SO_TYPE, &type, &size) < 0) return false; /* the kernel says what it is */
+  static _Atomic bool said;
+  if (!atomic_exchange(&said, true))
+    process_say("a %s socket cannot reach a node of the cluster: only TCP stream sockets run over VMMC; nothing is "
+                "sent (ENETUNREACH)",
+                type == SOCK_DGRAM ? "datagram" : type == SOCK_RAW ? "raw" : "kernel");
+  errno = ENETUNREACH;
+  return true;
+}
+
+/* ---- the calls ---- */
+
+INTERPOSE int bind(int fd, const struct sockaddr *address, socklen_t length) {
+  SOCKET_OR(fd, REAL(bind)(fd, address, length));
+  uint32_t node;
+  if (address && has_ip(address, length) && address->sa_family == f->socket->family &&
+      atomic_load(&f->socket->phase) == SOCKET_NEW &&
+      ((is_on_host(address) && socket_port_is_kernels(port_of(address))) ||
+       (!socket_address_is_local(address, length) && socket_route_of(address, length, &node) == ROUTE_KERNEL))) {
+    int result = become_kernel(f);
+    return finish(f, result < 0 ? -errno : 0) < 0 ? -1 : REAL(bind)(fd, address, length);
+  }
+  int result = socket_bind(f->socket, address, length);
+  readiness_changed(f);
+  return finish(f, result);
+}
+
+INTERPOSE int listen(int fd, int backlog) {
+  SOCKET_OR(fd, REAL(listen)(fd, backlog));
+  int result = socket_listen(f->socket, backlog);
+  readiness_changed(f);
+  return finish(f, result);
+}
+
+static int connect_call(int fd, const struct sockaddr *address, socklen_t length) {
+  pthread_testcancel();
+  SOCKET_OR(fd, setup_refuses(fd, address, length) ? -1 : REAL(connect)(fd, address, length));
+  uint32_t node;
+  uint32_t phase = atomic_load(&f->socket->phase);
+  if (address && has_ip(address, length) && (phase == SOCKET_NEW || phase == SOCKET_BOUND) &&
+      (socket_route_of(address, length, &node) == ROUTE_KERNEL ||
+       (is_on_host(address) && socket_port_is_kernels(port_of(address))))) {
+    int result = become_kernel(f);
+    return finish(f, result < 0 ? -errno : 0) < 0 ? -1 : REAL(connect)(fd, address, length);
+  }
+  bool watched = f->items != NULL;
+  /* What is watched while it connects: it stops being "hung up" when the request is under way. */
+  int result = socket_connect(f->socket, address, length, atomic_load(&f->nonblocking));
+  if (watched) readiness_changed(f);
+  return finish(f, result);
+}
+INTERPOSE int connect(int fd, const struct sockaddr *address, socklen_t length) {
+  return connect_call(fd, address, length);
+}
+int __connect(int fd, const struct sockaddr *address, socklen_t length)
+    __attribute__((alias("connect"), visibility("default")));
+
+static int accept_call(int fd, struct sockaddr *address, socklen_t *length, int flags, bool is_accept4) {
+  pthread_testcancel();
+  SOCKET_OR(fd, descriptor_fresh(is_accept4 ? REAL(accept4)(fd, address, length, flags)
+                                            : REAL(accept)(fd, address, length)));
+  if (flags & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)) return finish(f, -EINVAL);
+  struct vsocket *s = NULL;
+  int result = socket_accept(f->socket, atomic_load(&f->nonblocking), &s);
+  if (result < 0) return finish(f, result);
+  struct sockaddr_storage peer;
+  socklen_t peer_length = sizeof peer;
+  if (address && socket_name(s, true, (struct sockaddr *)&peer, &peer_length) == 0) {
+    memcpy(address, &peer, *length < peer_length ? *length : peer_length);
+    *length = peer_length;
+  }
+  result = number_for(s, flags);
+  return finish(f, result < 0 ? -errno : result);
+}
+INTERPOSE int accept(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
+  return accept_call(fd, address, length, 0, false);
+}
+INTERPOSE int accept4(int fd, struct sockaddr *restrict address, socklen_t *restrict length, int flags) {
+  return accept_call(fd, address, length, flags, true);
+}
+
+INTERPOSE int shutdown(int fd, int how) {
+  SOCKET_OR(fd, REAL(shutdown)(fd, how));
+  int result = socket_shutdown(f->socket, how);
+  readiness_changed(f);
+  return finish(f, result);
+}
+
+INTERPOSE int getsockname(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
+  SOCKET_OR(fd, REAL(getsockname)(fd, address, length));
+  return finish(f, socket_name(f->socket, false, address, length));
+}
+INTERPOSE int getpeername(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
+  SOCKET_OR(fd, REAL(getpeername)(fd, address, length));
+  return finish(f, socket_name(f->socket, true, address, length));
+}
+INTERPOSE int getsockopt(int fd, int level, int name, void *restrict value, socklen_t *restrict length) {
+  SOCKET_OR(fd, REAL(getsockopt)(fd, level, name, value, length));
+  return finish(f, socket_getsockopt(f->socket, level, name, value, length));
+}
+INTERPOSE int setsockopt(int fd, int level, int name, const void *value, socklen_t length) {
+  SOCKET_OR(fd, REAL(setsockopt)(fd, level, name, value, length));
+  int result = socket_setsockopt(f->socket, level, name, value, length);
+  uint32_t phase = atomic_load(&f->socket->phase);
+  if (result == 0 && value && length <= 64 && (phase == SOCKET_NEW || phase == SOCKET_BOUND))
+    remember_option(f, level, name, value, length);
+  return finish(f, result);
+}

@@ -1,0 +1,133 @@
+/*
+ * signals.c: wraps the program's signal handlers, so that a thread that polls at user level, or is about
+ * to sleep, notices that one ran.
+ *
+ * The kernel gets one of four functions of ours; which of them it has tells how the program installed its
+ * handler (SA_RESTART, SA_SIGINFO), and the table below tells which handler to call.
+ */
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "process.h"
+#include "readiness.h"
+#include "real.h"
+
+static _Atomic(uintptr_t) handlers[_NSIG];   /* the program's handler of each signal; old ones stay */
+static _Atomic uint64_t interrupting;        /* siginterrupt(): bit per signal for which signal() does not restart */
+
+typedef void signal_action(int, siginfo_t *, void *);
+
+static void ran(int signal, siginfo_t *info, void *context, bool restarts) {
+  struct wait_thread *self = wait_self();
+  /* Before the handler, which may never return (longjmp).  Same thread as the waiter: relaxed will do. */
+  if (!restarts) atomic_fetch_add_explicit(&self->signals_no_restart, 1, memory_order_relaxed);
+  atomic_fetch_add_explicit(&self->signals, 1, memory_order_relaxed);
+  readiness_signal();
+  /* A handler of one argument does not mind the others. */
+  ((signal_action *)atomic_load_explicit(&handlers[signal], memory_order_acquire))(signal, info, context);
+}
+
+/* no_icf: told apart by their addresses, though their code is the same in pairs. */
+__attribute__((no_icf, noinline)) static void ran_plain(int s, siginfo_t *i, void *c) { ran(s, i, c, false); }
+__attribute__((no_icf, noinline)) static void ran_restart(int s, siginfo_t *i, void *c) { ran(s, i, c, true); }
+__attribute__((no_icf, noinline)) static void ran_info(int s, siginfo_t *i, void *c) { ran(s, i, c, false); }
+__attribute__((no_icf, noinline)) static void ran_info_restart(int s, siginfo_t *i, void *c) { ran(s, i, c, true); }
+
+static signal_action *const wrappers[2][2] = {{ran_plain, ran_restart}, {ran_info, ran_info_restart}};
+
+/* Faults of the program's own: they cannot come while it waits, and some runtimes raise many. */
+static bool is_fault(int signal) {
+  return signal == SIGSEGV || signal == SIGBUS || signal == SIGFPE || signal == SIGILL || signal == SIGTRAP;
+}
+
+INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, struct sigaction *restrict old) {
+  if (!process_on_node || signal < 1 || signal >= _NSIG || is_fault(signal))
+    return REAL(sigaction)(signal, action, old);
+  uintptr_t before = atomic_load_explicit(&handlers[signal], memory_order_acquire);
+  struct sigaction wrapped, kernels;
+  if (action) {
+    wrapped = *action;
+    if (action->sa_handler != SIG_DFL && action->sa_handler != SIG_IGN) {
+      /* First the table: the signal may come as soon as the kernel knows. */
+      atomic_store_explicit(&handlers[signal], (uintptr_t)action->sa_handler, memory_order_release);
+      wrapped.sa_sigaction =
+          wrappers[(action->sa_flags & SA_SIGINFO) != 0][(action->sa_flags & SA_RESTART) != 0];
+      wrapped.sa_flags |= SA_SIGINFO;
+    }
+  }
+  if (REAL(sigaction)(signal, action ? &wrapped : NULL, &kernels) < 0) {
+    atomic_store_explicit(&handlers[signal], before, memory_order_release);
+    return -1;
+  }
+  if (!old) return 0;
+  *old = kernels;
+  for (int info = 0; info < 2; info++) {
+    for (int restart = 0; restart < 2; restart++) {
+      if (kernels.sa_sigaction != wrappers[info][restart]) continue;
+      old->sa_handler = (sighandler_t)before;
+      if (!info) old->sa_flags &= ~SA_SIGINFO;
+    }
+  }
+  return 0;
+}
+int __sigaction(int signal, const struct sigaction *restrict action, struct sigaction *restrict old)
+    __attribute__((alias("sigaction"), nothrow, leaf, visibility("default")));
+
+static sighandler_t install(int number, sighandler_t handler, int flags) {
+  struct sigaction action = {.sa_handler = handler, .sa_flags = flags}, old;
+  sigemptyset(&action.sa_mask);
+  if (handler == SIG_ERR || (!(flags & SA_NODEFER) && sigaddset(&action.sa_mask, number) < 0)) {
+    errno = EINVAL;
+    return SIG_ERR;
+  }
+  return sigaction(number, &action, &old) < 0 ? SIG_ERR : old.sa_handler;
+}
+
+INTERPOSE sighandler_t signal(int number, sighandler_t handler) {
+  bool interrupts = number > 0 && number < _NSIG && atomic_load(&interrupting) >> (number - 1) & 1;
+  return install(number, handler, interrupts ? 0 : SA_RESTART);
+}
+sighandler_t bsd_signal(int number, sighandler_t handler) __attribute__((alias("signal"), nothrow, leaf, visibility("default")));
+sighandler_t ssignal(int number, sighandler_t handler) __attribute__((alias("signal"), nothrow, leaf, visibility("default")));
+
+sighandler_t __sysv_signal(int number, sighandler_t handler);
+INTERPOSE sighandler_t __sysv_signal(int number, sighandler_t handler) {
+  return install(number, handler, (int)SA_RESETHAND | SA_NODEFER);
+}
+sighandler_t sysv_signal(int number, sighandler_t handler)
+    __attribute__((alias("__sysv_signal"), nothrow, leaf, visibility("default")));
+
+int siginterrupt(int number, int interrupts);
+INTERPOSE int siginterrupt(int number, int interrupts) {
+  struct sigaction action;
+  if (sigaction(number, NULL, &action) < 0) return -1;
+  uint64_t bit = 1ull << (number - 1);
+  if (interrupts) {
+    atomic_fetch_or(&interrupting, bit);
+    action.sa_flags &= ~SA_RESTART;
+  } else {
+    atomic_fetch_and(&interrupting, ~bit);
+    action.sa_flags |= SA_RESTART;
+  }
+  return sigaction(number, &action, NULL);
+}
+
+sighandler_t sigset(int number, sighandler_t handler);
+INTERPOSE sighandler_t sigset(int number, sighandler_t handler) {
+  sigset_t one, before;
+  sigemptyset(&one);
+  if (sigaddset(&one, number) < 0) return SIG_ERR;
+  sighandler_t was;
+  if (handler == SIG_HOLD) {
+    struct sigaction old;
+    if (sigprocmask(SIG_BLOCK, &one, &before) < 0 || sigaction(number, NULL, &old) < 0) return SIG_ERR;
+    was = old.sa_handler;
+  } else {
+    struct sigaction action = {.sa_handler = handler}, old;
+    sigemptyset(&action.sa_mask);
+    if (sigaction(number, &action, &old) < 0 || sigprocmask(SIG_UNBLOCK, &one, &before) < 0) return SIG_ERR;
+    was = old.sa_handler;
+  }
+  return sigismember(&before, number) ? SIG_HOLD : was;
+}
