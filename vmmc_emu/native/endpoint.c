@@ -24,9 +24,9 @@
 #endif
 
 enum {
-  PRIVATE_MAX = VMMC_WAKERS + 16, /* descriptors held: the attach sockets and the wakers */
-  PRIVATE_BELOW = 8192,           /* never numbered higher: the kernel's table grows with the number */
-  PRIVATE_SPAN = 256,             /* they are put into this many numbers below the limit */
+  PRIVATE_FROM = 8192, /* where private descriptors are numbered: the kernel's table grows with the number */
+  PRIVATE_SPAN = 256,  /* or, under a lower limit, this far below it */
+  PRIVATE_END = 65536, /* none is numbered higher */
 };
 
 static _Atomic(struct endpoint *) current;
@@ -37,52 +37,41 @@ static void (*fork_hook)(void);
 static unsigned char unattached;
 static volatile unsigned char *mark = &unattached;
 
-/* Numbers of private descriptors, plus one; 0: an empty place. */
-static _Atomic int private_descriptor[PRIVATE_MAX];
-static _Atomic int private_lowest = INT32_MAX; /* so that close() of an ordinary number costs one look */
+/* A bit for each private descriptor, by its number. */
+static _Atomic uint64_t private_bits[PRIVATE_END / 64];
 
 /* ---- private descriptors --------------------------------------------------------------------- */
 
-static void lower_private_lowest(int fd) {
-  int lowest = atomic_load_explicit(&private_lowest, memory_order_relaxed);
-  while (fd < lowest && !atomic_compare_exchange_weak(&private_lowest, &lowest, fd)) {
-  }
-}
-
 int endpoint_private_descriptor(int fd) {
   struct rlimit limit;
-  int top = PRIVATE_BELOW;
-  if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < (rlim_t)top) top = (int)limit.rlim_cur;
-  int high = sys_fcntl(fd, F_DUPFD_CLOEXEC, top > PRIVATE_SPAN ? top - PRIVATE_SPAN : top / 2);
-  if (high < 0) { /* the numbers up there are taken: any number is better than none */
+  int from = PRIVATE_FROM;
+  if (fd < 0) return -EBADF;
+  if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < PRIVATE_FROM + PRIVATE_SPAN)
+    from = limit.rlim_cur > 2 * PRIVATE_SPAN ? (int)limit.rlim_cur - PRIVATE_SPAN : (int)limit.rlim_cur / 2;
+  int high = sys_fcntl(fd, F_DUPFD_CLOEXEC, from);
+  /* The numbers up there are taken: any number is better than none. */
+  if (high < 0 || high >= PRIVATE_END) {
+    if (high >= 0) sys_close(high);
     high = sys_fcntl(fd, F_DUPFD_CLOEXEC, 3);
   }
   sys_close(fd);
-  if (high < 0) return high;
-  for (int i = 0; i < PRIVATE_MAX; i++) {
-    int none = 0;
-    if (!atomic_compare_exchange_strong(&private_descriptor[i], &none, high + 1)) continue;
-    lower_private_lowest(high);
-    return high;
+  if (high >= PRIVATE_END) {
+    sys_close(high);
+    high = -EMFILE;
   }
-  sys_close(high);
-  return -EMFILE;
+  if (high >= 0) atomic_fetch_or(&private_bits[high / 64], 1ull << (high % 64));
+  return high;
 }
 
-static _Atomic int *private_place(int fd) {
-  if (fd < atomic_load_explicit(&private_lowest, memory_order_relaxed)) return NULL;
-  for (int i = 0; i < PRIVATE_MAX; i++)
-    if (atomic_load_explicit(&private_descriptor[i], memory_order_relaxed) == fd + 1) return &private_descriptor[i];
-  return NULL;
+bool endpoint_descriptor_is_private(int fd) {
+  return fd >= 0 && fd < PRIVATE_END &&
+         atomic_load_explicit(&private_bits[fd / 64], memory_order_relaxed) >> (fd % 64) & 1;
 }
-
-bool endpoint_descriptor_is_private(int fd) { return private_place(fd) != NULL; }
 
 void endpoint_private_close(int fd) {
-  _Atomic int *place = private_place(fd);
-  if (!place) return;
+  if (!endpoint_descriptor_is_private(fd)) return;
   /* Forgotten first: once the kernel has closed it, the number may be the program's. */
-  atomic_store(place, 0);
+  atomic_fetch_and(&private_bits[fd / 64], ~(1ull << (fd % 64)));
   sys_close(fd);
 }
 
@@ -273,11 +262,11 @@ static void forget(bool close_descriptors) {
   struct endpoint *e = atomic_load_explicit(&current, memory_order_relaxed);
   atomic_store_explicit(&current, NULL, memory_order_relaxed);
   *mark = 0;
-  for (int i = 0; i < PRIVATE_MAX; i++) {
-    int fd = atomic_exchange_explicit(&private_descriptor[i], 0, memory_order_relaxed) - 1;
-    if (fd >= 0 && close_descriptors) sys_close(fd);
+  for (int word = 0; word < PRIVATE_END / 64; word++) {
+    if (!atomic_load_explicit(&private_bits[word], memory_order_relaxed)) continue;
+    uint64_t bits = atomic_exchange_explicit(&private_bits[word], 0, memory_order_relaxed);
+    for (; bits && close_descriptors; bits &= bits - 1) sys_close(word * 64 + __builtin_ctzll(bits));
   }
-  atomic_store_explicit(&private_lowest, INT32_MAX, memory_order_relaxed);
   if (!e) return;
   e->app = NULL;
   e->nic = NULL;

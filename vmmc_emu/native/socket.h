@@ -44,7 +44,24 @@ struct vsocket {
   _Atomic uint32_t error_taken;                 /* the NIC's error was given out once */
   _Atomic uint64_t watch;                       /* wake groups, as stored in the slot */
   void *readiness;                              /* private to the readiness layer (epoll items) */
-  /* implementers add fields here, each with a line saying what it is for */
+
+  /* connection.c, stream.c and options.c; see connection.h for what they share */
+  struct vsocket *next_free;          /* in the pool of unused sockets */
+  struct vmmc_address local, peer;    /* own address once bound or connected, the peer's once connected */
+  bool bound;                         /* the program chose `local` by bind */
+  bool control_busy;                  /* a bind, listen or connect is between its request and its answer */
+  _Atomic uint32_t closing;           /* socket_close was called */
+  _Atomic uint32_t ended;             /* the slot was given back: nothing is left to close */
+  _Atomic uint32_t shut;              /* VMMC_SHUT_READ and _WRITE: what the program shut down */
+  _Atomic uint32_t local_wake;        /* changed by this process when a waiter must look again */
+  _Atomic uint32_t local_asleep;      /* threads that sleep on it */
+  uint32_t request;                   /* newest request in the slot's mailbox */
+  uint32_t low_water;                 /* SO_RCVLOWAT */
+  uint64_t rung;                      /* `consumed` when the NIC was last told (receive_lock) */
+  uint64_t outstanding;               /* most bytes ever seen waiting in the default buffer (receive_lock) */
+  _Atomic uint64_t full_at;           /* `limit` when the socket was last found full: for edges */
+  bool redirecting;                   /* a receive has a redirection posted (receive_lock) */
+  int32_t kept[28];                   /* options that are accepted and given back: options.c */
 };
 
 /* socket(): no slot is taken and nothing is attached until it is needed. NULL: ENOMEM. */

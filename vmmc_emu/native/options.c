@@ -1,0 +1,339 @@
+/*
+ * options.c: what programs ask of and tell a socket: options, names, ioctl.
+ *
+ * An option either does something here, or is kept and given back: programs set many that have no
+ * meaning without a kernel's TCP (TCP_NODELAY: nothing is ever held back) and fail when they cannot.
+ */
+#include <errno.h>
+#include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/time.h>
+
+#include "address.h"
+#include "connection.h"
+
+/* Linux's, where libc's headers may lack them. */
+enum {
+  OPTION_TCP_NOTSENT_LOWAT = 25,
+  OPTION_TCP_FASTOPEN_CONNECT = 30,
+  OPTION_SO_RCVTIMEO_NEW = 66,
+  OPTION_SO_SNDTIMEO_NEW = 67,
+};
+
+enum {
+  BUFFER_MAX = 212992,            /* net.core.rmem_max and wmem_max */
+  RECEIVE_BUFFER_DEFAULT = 131072, /* as getsockopt shows it: net.ipv4.tcp_rmem */
+  SEND_BUFFER_DEFAULT = 2626560,  /* a connected loopback socket's */
+  RECEIVE_BUFFER_MIN = 2304,
+  SEND_BUFFER_MIN = 4608,
+  SEGMENT = 65483,                /* TCP_MAXSEG over Linux's loopback */
+  SEGMENT_UNCONNECTED = 536,
+};
+
+/* Options that are kept and given back: vsocket.kept[i] holds the difference from the default. */
+static const struct kept_option {
+  int level, name;
+  int32_t value; /* the default */
+  bool boolean;  /* any number but 0 is kept as 1 */
+} kept_options[] = {
+  { SOL_SOCKET, SO_KEEPALIVE, 0, true },
+  { SOL_SOCKET, SO_BROADCAST, 0, true },
+  { SOL_SOCKET, SO_DONTROUTE, 0, true },
+  { SOL_SOCKET, SO_OOBINLINE, 0, true },
+  { SOL_SOCKET, SO_PRIORITY, 0, false },
+  { SOL_SOCKET, SO_TIMESTAMP, 0, true },
+  { IPPROTO_TCP, TCP_NODELAY, 0, true },
+  { IPPROTO_TCP, TCP_CORK, 0, true },
+  { IPPROTO_TCP, TCP_KEEPIDLE, 7200, false },
+  { IPPROTO_TCP, TCP_KEEPINTVL, 75, false },
+  { IPPROTO_TCP, TCP_KEEPCNT, 9, false },
+  { IPPROTO_TCP, TCP_SYNCNT, 6, false },
+  { IPPROTO_TCP, TCP_LINGER2, 60, false },
+  { IPPROTO_TCP, TCP_DEFER_ACCEPT, 0, false },
+  { IPPROTO_TCP, TCP_QUICKACK, 1, true },
+  { IPPROTO_TCP, TCP_USER_TIMEOUT, 0, false },
+  { IPPROTO_TCP, TCP_FASTOPEN, 0, false },
+  { IPPROTO_TCP, OPTION_TCP_FASTOPEN_CONNECT, 0, true },
+  { IPPROTO_TCP, OPTION_TCP_NOTSENT_LOWAT, 0, false },
+  { IPPROTO_IP, IP_TOS, 0, false },
+  { IPPROTO_IP, IP_TTL, 64, false },
+  { IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_WANT, false },
+  { IPPROTO_IP, IP_RECVERR, 0, true },
+  { IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 0, true },
+  { IPPROTO_IP, IP_FREEBIND, 0, true },
+  { IPPROTO_IPV6, IPV6_TCLASS, 0, false },
+  { IPPROTO_IPV6, IPV6_UNICAST_HOPS, 64, false },
+  { IPPROTO_IPV6, IPV6_RECVERR, 0, true },
+};
+_Static_assert(sizeof kept_options / sizeof *kept_options <= sizeof((struct vsocket *)0)->kept / sizeof(int32_t),
+               "every kept option has its place in the socket");
+
+static int kept_index(const struct vsocket *s, int level, int name) {
+  if (level == IPPROTO_IPV6 && s->family != AF_INET6) return -1;
+  for (size_t i = 0; i < sizeof kept_options / sizeof *kept_options; i++)
+    if (kept_options[i].level == level && kept_options[i].name == name) return (int)i;
+  return -1;
+}
+
+/* ---- values as the interface carries them ---- */
+
+static int take_int(const void *value, socklen_t length, int *number) {
+  if (length < (socklen_t)sizeof *number) return -EINVAL;
+  memcpy(number, value, sizeof *number);
+  return 0;
+}
+
+static int give(const void *from, socklen_t size, void *value, socklen_t *length) {
+  if ((int32_t)*length < 0) return -EINVAL;
+  if (*length > size) *length = size;
+  memcpy(value, from, *length);
+  return 0;
+}
+
+static int give_int(int number, void *value, socklen_t *length) { return give(&number, sizeof number, value, length); }
+
+/* struct timeval and the 64-bit time of SO_RCVTIMEO_NEW are the same on 64-bit machines. */
+static int take_timeout(const void *value, socklen_t length, uint64_t *ns) {
+  struct timeval t;
+  if (length < (socklen_t)sizeof t) return -EINVAL;
+  memcpy(&t, value, sizeof t);
+  if (t.tv_usec < 0 || t.tv_usec >= 1000000) return -EDOM;
+  if (t.tv_sec < 0) {
+    *ns = 1; /* Linux: no waiting at all */
+    return 0;
+  }
+  /* Longer than a thousand years is for ever. */
+  *ns = (uint64_t)t.tv_sec > UINT64_MAX / 2000000000u ? 0 : (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_usec * 1000;
+  return 0;
+}
+
+static int give_timeout(uint64_t ns, void *value, socklen_t *length) {
+  struct timeval t = { (time_t)(ns / 1000000000u), (suseconds_t)(ns % 1000000000u / 1000) };
+  return give(&t, sizeof t, value, length);
+}
+
+/* ---- names ---- */
+
+int socket_name(struct vsocket *s, bool peer, struct sockaddr *address, socklen_t *length) {
+  if ((int32_t)*length < 0) return -EINVAL;
+  if (!connection_usable(s)) return -EBADF;
+  if (peer) {
+    struct connection_view view = connection_view(s);
+    if (!view.connected || view.dead) return -ENOTCONN;
+    address_write(&s->peer, s->family, address, length);
+  } else {
+    address_write(&s->local, s->family, address, length);
+  }
+  return 0;
+}
+
+/* ---- setsockopt ---- */
+
+static void set_bit(uint32_t *flags, uint32_t bit, bool on) { *flags = on ? *flags | bit : *flags & ~bit; }
+
+static int set_receive_buffer(struct vsocket *s, int bytes) {
+  if (bytes < 0 || bytes > BUFFER_MAX) bytes = BUFFER_MAX;
+  if (bytes < RECEIVE_BUFFER_MIN / 2) bytes = RECEIVE_BUFFER_MIN / 2;
+  s->receive_buffer = (uint32_t)bytes;
+  if (s->generation)
+    atomic_store_explicit(&app_slot(s->endpoint, s->slot)->receive_window, (uint32_t)bytes, memory_order_relaxed);
+  return 0;
+}
+
+static int set_send_buffer(struct vsocket *s, int bytes) {
+  if (bytes < 0 || bytes > BUFFER_MAX) bytes = BUFFER_MAX;
+  s->send_buffer = bytes < SEND_BUFFER_MIN / 2 ? SEND_BUFFER_MIN / 2 : (uint32_t)bytes;
+  return 0;
+}
+
+static int set_linger(struct vsocket *s, const void *value, socklen_t length) {
+  struct linger linger;
+  if (length < (socklen_t)sizeof linger) return -EINVAL;
+  memcpy(&linger, value, sizeof linger);
+  s->linger_s = !linger.l_onoff ? -1 : linger.l_linger < 0 ? INT32_MAX : linger.l_linger;
+  return 0;
+}
+
+static int set_socket_level(struct vsocket *s, int name, const void *value, socklen_t length) {
+  int number;
+  if (name == SO_LINGER) return set_linger(s, value, length);
+  if (name == SO_RCVTIMEO || name == OPTION_SO_RCVTIMEO_NEW) return take_timeout(value, length, &s->receive_timeout_ns);
+  if (name == SO_SNDTIMEO || name == OPTION_SO_SNDTIMEO_NEW) return take_timeout(value, length, &s->send_timeout_ns);
+  int error = take_int(value, length, &number);
+  if (error) return error;
+  switch (name) {
+    case SO_REUSEADDR: set_bit(&s->bind_flags, VMMC_BIND_REUSEADDR, number); return 0;
+    case SO_REUSEPORT: set_bit(&s->bind_flags, VMMC_BIND_REUSEPORT, number); return 0;
+    case SO_RCVBUF:
+    case SO_RCVBUFFORCE: return set_receive_buffer(s, number);
+    case SO_SNDBUF:
+    case SO_SNDBUFFORCE: return set_send_buffer(s, number);
+    case SO_RCVLOWAT: s->low_water = number < 0 ? INT32_MAX : number ? (uint32_t)number : 1; return 0;
+    case SO_TYPE:
+    case SO_DOMAIN:
+    case SO_PROTOCOL:
+    case SO_ERROR:
+    case SO_ACCEPTCONN:
+    case SO_SNDLOWAT: return -ENOPROTOOPT; /* not to be set */
+    default: return -ENOPROTOOPT;
+  }
+}
+
+static int set_v6only(struct vsocket *s, const void *value, socklen_t length) {
+  int number, error = take_int(value, length, &number);
+  if (error) return error;
+  if (s->family != AF_INET6) return -ENOPROTOOPT;
+  if (s->bound || s->phase != SOCKET_NEW) return -EINVAL;
+  set_bit(&s->bind_flags, VMMC_BIND_V6ONLY, number);
+  return 0;
+}
+
+int socket_setsockopt(struct vsocket *s, int level, int name, const void *value, socklen_t length) {
+  if (!connection_usable(s)) return -EBADF;
+  if ((int32_t)length < 0) return -EINVAL;
+  int index = kept_index(s, level, name);
+  if (index >= 0) {
+    int number = 0;
+    /* Linux takes options of the IP level as one byte, too. */
+    if (level == IPPROTO_IP && length >= 1 && length < (socklen_t)sizeof number)
+      number = *(const unsigned char *)value;
+    else if (take_int(value, length, &number))
+      return -EINVAL;
+    if (kept_options[index].boolean) number = number != 0;
+    s->kept[index] = (int32_t)((uint32_t)number - (uint32_t)kept_options[index].value);
+    return 0;
+  }
+  switch (level) {
+    case SOL_SOCKET: return set_socket_level(s, name, value, length);
+    case IPPROTO_IPV6: return name == IPV6_V6ONLY ? set_v6only(s, value, length) : -ENOPROTOOPT;
+    case IPPROTO_TCP:
+      if (name == TCP_MAXSEG || name == TCP_WINDOW_CLAMP) { /* the link has its own sizes */
+        int number;
+        return take_int(value, length, &number);
+      }
+      if (name == TCP_CONGESTION) return length < 1 ? -EINVAL : 0; /* any: there is none */
+      return -ENOPROTOOPT;
+    default: return -ENOPROTOOPT;
+  }
+}
+
+/* ---- getsockopt ---- */
+
+static int get_tcp_info(struct vsocket *s, void *value, socklen_t *length) {
+  /* TCP's state numbers; 0 congestion state: open */
+  struct tcp_info info = { .tcpi_snd_mss = SEGMENT, .tcpi_rcv_mss = SEGMENT, .tcpi_advmss = SEGMENT,
+                           .tcpi_pmtu = 65535, .tcpi_rto = 200000, .tcpi_rtt = 20, .tcpi_rttvar = 5,
+                           .tcpi_snd_ssthresh = 0x7fffffff, .tcpi_snd_cwnd = 10, .tcpi_reordering = 3,
+                           .tcpi_rcv_space = VMMC_RING };
+  struct connection_view view = connection_view(s);
+  uint32_t shut = atomic_load(&s->shut);
+  bool ended = view.status & VMMC_END_OF_FILE;
+  if (s->phase == SOCKET_LISTENING) {
+    info.tcpi_state = TCP_LISTEN;
+    info.tcpi_unacked = (uint32_t)(connection_accepts_waiting(s) / sizeof(struct vmmc_accept_entry));
+  } else if (view.connecting) {
+    info.tcpi_state = TCP_SYN_SENT;
+  } else if (!view.connected || view.dead) {
+    info.tcpi_state = TCP_CLOSE;
+  } else if (shut & VMMC_SHUT_WRITE) {
+    info.tcpi_state = ended ? TCP_LAST_ACK : TCP_FIN_WAIT2;
+  } else {
+    info.tcpi_state = ended ? TCP_CLOSE_WAIT : TCP_ESTABLISHED;
+  }
+  return give(&info, sizeof info, value, length);
+}
+
+static int get_socket_level(struct vsocket *s, int name, void *value, socklen_t *length) {
+  switch (name) {
+    case SO_ERROR: return give_int(connection_take_error(s), value, length);
+    case SO_TYPE: return give_int(SOCK_STREAM, value, length);
+    case SO_DOMAIN: return give_int(s->family, value, length);
+    case SO_PROTOCOL: return give_int(IPPROTO_TCP, value, length);
+    case SO_ACCEPTCONN: return give_int(atomic_load(&s->phase) == SOCKET_LISTENING, value, length);
+    case SO_REUSEADDR: return give_int((s->bind_flags & VMMC_BIND_REUSEADDR) != 0, value, length);
+    case SO_REUSEPORT: return give_int((s->bind_flags & VMMC_BIND_REUSEPORT) != 0, value, length);
+    /* Linux counts its own overhead: what it tells is twice what it was told. */
+    case SO_RCVBUF: return give_int(s->receive_buffer ? (int)s->receive_buffer * 2 : RECEIVE_BUFFER_DEFAULT, value, length);
+    case SO_SNDBUF: return give_int(s->send_buffer ? (int)s->send_buffer * 2 : SEND_BUFFER_DEFAULT, value, length);
+    case SO_RCVLOWAT: return give_int((int)s->low_water, value, length);
+    case SO_SNDLOWAT: return give_int(1, value, length);
+    case SO_RCVTIMEO:
+    case OPTION_SO_RCVTIMEO_NEW: return give_timeout(s->receive_timeout_ns, value, length);
+    case SO_SNDTIMEO:
+    case OPTION_SO_SNDTIMEO_NEW: return give_timeout(s->send_timeout_ns, value, length);
+    case SO_LINGER: {
+      struct linger linger = { s->linger_s >= 0, s->linger_s >= 0 ? s->linger_s : 0 };
+      return give(&linger, sizeof linger, value, length);
+    }
+    case SO_PEERCRED: { /* as for any TCP socket: not known */
+      struct ucred nobody = { 0, (uid_t)-1, (gid_t)-1 };
+      return give(&nobody, sizeof nobody, value, length);
+    }
+    default: return -ENOPROTOOPT;
+  }
+}
+
+static int get_tcp_level(struct vsocket *s, int name, void *value, socklen_t *length) {
+  static const char congestion[16] = "vmmc"; /* TCP_CA_NAME_MAX */
+  switch (name) {
+    case TCP_MAXSEG: return give_int(connection_view(s).connected ? SEGMENT : SEGMENT_UNCONNECTED, value, length);
+    case TCP_WINDOW_CLAMP: return give_int(VMMC_RING, value, length);
+    case TCP_INFO: return get_tcp_info(s, value, length);
+    case TCP_CONGESTION: return give(congestion, sizeof congestion, value, length);
+    default: return -ENOPROTOOPT;
+  }
+}
+
+int socket_getsockopt(struct vsocket *s, int level, int name, void *value, socklen_t *length) {
+  if (!connection_usable(s)) return -EBADF;
+  if ((int32_t)*length < 0) return -EINVAL;
+  int index = kept_index(s, level, name);
+  if (index >= 0)
+    return give_int((int)((uint32_t)kept_options[index].value + (uint32_t)s->kept[index]), value, length);
+  switch (level) {
+    case SOL_SOCKET: return get_socket_level(s, name, value, length);
+    case IPPROTO_TCP: return get_tcp_level(s, name, value, length);
+    case IPPROTO_IPV6:
+      if (name == IPV6_V6ONLY && s->family == AF_INET6)
+        return give_int((s->bind_flags & VMMC_BIND_V6ONLY) != 0, value, length);
+      return -ENOPROTOOPT;
+    default: return -ENOPROTOOPT;
+  }
+}
+
+/* ---- ioctl ---- */
+
+static uint64_t bytes_waiting(const struct vsocket *s) {
+  return atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->placed, memory_order_acquire) -
+         atomic_load_explicit(&app_slot(s->endpoint, s->slot)->consumed, memory_order_relaxed);
+}
+
+static uint64_t bytes_unsent(const struct vsocket *s) {
+  uint64_t transmitted = atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->transmitted, memory_order_acquire);
+  uint64_t written = atomic_load_explicit(&app_slot(s->endpoint, s->slot)->written, memory_order_relaxed);
+  return written > transmitted ? written - transmitted : 0;
+}
+
+int socket_ioctl(struct vsocket *s, unsigned long request, void *argument) {
+  if (!connection_usable(s)) return -EBADF;
+  bool connected = connection_view(s).connected;
+  int number;
+  switch (request) {
+    case FIONREAD: /* SIOCINQ */
+      if (s->phase == SOCKET_LISTENING) return -EINVAL;
+      number = connected ? (int)bytes_waiting(s) : 0;
+      break;
+    case TIOCOUTQ: /* SIOCOUTQ */
+    case SIOCOUTQNSD:
+      if (s->phase == SOCKET_LISTENING) return -EINVAL;
+      number = connected ? (int)bytes_unsent(s) : 0;
+      break;
+    case SIOCATMARK: number = 0; break;
+    default: return -ENOTTY;
+  }
+  memcpy(argument, &number, sizeof number);
+  return 0;
+}

@@ -1,0 +1,550 @@
+/*
+ * stream.c: a connection's bytes: send, receive, redirection of receives, readiness.
+ *
+ * Four positions move, each with one writer: `written` (we) follows the bytes into the transmit ring, and
+ * never passes `limit` (NIC: the peer's credit); `placed` (NIC) follows the bytes into the default buffer
+ * or to a redirected address; `consumed` (we) follows the reader.  Nothing here asks the kernel for
+ * anything while there is room to write or something to read.
+ *
+ * When the NIC must hear of `consumed`.  It tells the peer of new credit in quarters of the window, which
+ * is never smaller than VMMC_FIRST_WINDOW (or SO_RCVBUF, when that is less).  A reader rings when, since
+ * it last rang, it consumed a quarter of *that*, and has emptied the buffer or consumed a quarter of the
+ * most that ever waited in it.  So a reader that finds the buffer empty has left less than a quarter of
+ * the first window untold, and the NIC less than a quarter of the window: the sender, all of whose bytes
+ * were consumed, has at least half a window of room, and the two never wait for each other.  A reader
+ * that leaves bytes in the buffer may leave more untold; it can read on, and rings when it has.
+ */
+#include <errno.h>
+#include <netinet/in.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/single_threaded.h>
+
+#include "connection.h"
+#include "heap.h"
+#include "sys.h"
+
+enum {
+  COMMIT_CHUNK = 16384,              /* the least that a transmit ring grows by */
+  PUBLISH_CHUNK = 32768,             /* bytes after which a long send lets the NIC begin */
+  PATIENT_MAX = VMMC_FIRST_WINDOW / 2, /* bytes that a peek, or SO_RCVLOWAT, can wait for without reading */
+  CALL_BYTES_MAX = 0x7ffff000,       /* MAX_RW_COUNT: what one call moves at most, as on Linux */
+};
+
+/* ---- the program's memory, as a list of pieces ---- */
+
+struct pieces {
+  const struct iovec *vector;
+  int count;
+  size_t offset; /* in vector[0] */
+};
+
+static size_t pieces_length(const struct iovec *vector, int count) {
+  size_t length = 0;
+  for (int i = 0; i < count; i++) {
+    if (vector[i].iov_len > CALL_BYTES_MAX - length) return CALL_BYTES_MAX;
+    length += vector[i].iov_len;
+  }
+  return length;
+}
+
+/* The next contiguous piece, at most `most` bytes. */
+static size_t pieces_next(struct pieces *p, size_t most, char **at) {
+  while (p->offset == p->vector->iov_len) {
+    p->vector++;
+    p->offset = 0;
+  }
+  size_t left = p->vector->iov_len - p->offset;
+  if (left > most) left = most;
+  *at = (char *)p->vector->iov_base + p->offset;
+  p->offset += left;
+  return left;
+}
+
+static void copy_to_ring(char *ring, uint64_t position, struct pieces *from, size_t length) {
+  while (length) {
+    size_t offset = position % VMMC_RING, run = VMMC_RING - offset;
+    char *piece;
+    run = pieces_next(from, length < run ? length : run, &piece);
+    memcpy(ring + offset, piece, run);
+    position += run;
+    length -= run;
+  }
+}
+
+static void copy_from_ring(const char *ring, uint64_t position, struct pieces *to, size_t length) {
+  while (length) {
+    size_t offset = position % VMMC_RING, run = VMMC_RING - offset;
+    char *piece;
+    run = pieces_next(to, length < run ? length : run, &piece);
+    memcpy(piece, ring + offset, run);
+    position += run;
+    length -= run;
+  }
+}
+
+/* Threads of this process share the endpoint's counters; a single one needs no locked instruction. */
+#define COUNT_APP(s, name, n)                                                              \
+  do {                                                                                     \
+    _Atomic uint64_t *counter_ = &app_header((s)->endpoint)->counters.name;                \
+    if (__libc_single_threaded)                                                            \
+      atomic_store_explicit(counter_, atomic_load_explicit(counter_, memory_order_relaxed) + (n), memory_order_relaxed); \
+    else                                                                                   \
+      atomic_fetch_add_explicit(counter_, (n), memory_order_relaxed);                      \
+  } while (0)
+
+/* ---- send ---- */
+
+/* Ring pages up to `end` exist before a byte is stored there: a full /dev/shm is ENOBUFS, not SIGBUS. */
+static int commit_ring(struct vsocket *s, uint64_t end) {
+  struct slot_memory *memory = slot_memory(s->endpoint, s->slot);
+  uint64_t need = end < VMMC_RING ? end : VMMC_RING, committed = memory->committed;
+  if (need <= committed) return 0;
+  uint64_t want = committed * 2 > need ? committed * 2 : need;
+  want = (want + COMMIT_CHUNK - 1) / COMMIT_CHUNK * COMMIT_CHUNK;
+  if (want > VMMC_RING) want = VMMC_RING;
+  char *ring = transmit_ring(s->endpoint, s->slot);
+  int error = endpoint_commit(ring + committed, want - committed, true);
+  if (error) { /* memory is short: what is needed now, and no more */
+    want = (need + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
+    error = endpoint_commit(ring + committed, want - committed, true);
+  }
+  if (!error) memory->committed = (uint32_t)want;
+  return error;
+}
+
+static uint64_t send_room(const struct vsocket *s) {
+  /* acquire: the peer has read what will be overwritten before its credit says so */
+  uint64_t limit = atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->limit, memory_order_acquire);
+  uint64_t written = atomic_load_explicit(&app_slot(s->endpoint, s->slot)->written, memory_order_relaxed);
+  return limit > written ? limit - written : 0;
+}
+
+/* Why nothing can be sent now, as tcp_sendmsg finds it: an error (taken), or -EAGAIN.  0: send. */
+static int send_obstacle(struct vsocket *s) {
+  struct connection_view view = connection_view(s);
+  if (__builtin_expect(view.dead || !view.connected, 0)) {
+    int error = connection_take_error(s);
+    if (error) return -error;
+    return view.connecting ? -EAGAIN : -EPIPE;
+  }
+  if (atomic_load_explicit(&s->shut, memory_order_relaxed) & VMMC_SHUT_WRITE) return -EPIPE;
+  if (send_room(s)) return 0;
+  /* A peer that has closed reads no more: there will be no room. */
+  return view.status & VMMC_PEER_CLOSED ? -EPIPE : -EAGAIN;
+}
+
+static bool can_send(void *context) {
+  struct vsocket *s = context;
+  struct connection_view view = connection_view(s);
+  if (view.connecting) return false;
+  return view.dead || !view.connected || (view.status & VMMC_PEER_CLOSED) ||
+         (atomic_load_explicit(&s->shut, memory_order_relaxed) & VMMC_SHUT_WRITE) || send_room(s);
+}
+
+/* Puts as many bytes as there is room for into the ring and tells the NIC.  send_lock is held. */
+static ssize_t send_some(struct vsocket *s, struct pieces *from, size_t length) {
+  struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
+  char *ring = transmit_ring(s->endpoint, s->slot);
+  uint64_t room = send_room(s), written = atomic_load_explicit(&a->written, memory_order_relaxed);
+  if (length > room) length = room;
+  size_t left = length;
+  while (left) {
+    size_t piece = left < PUBLISH_CHUNK + PUBLISH_CHUNK / 2 ? left : PUBLISH_CHUNK;
+    int error = commit_ring(s, written + piece);
+    if (error) return left == length ? error : (ssize_t)(length - left);
+    copy_to_ring(ring, written, from, piece);
+    written += piece;
+    left -= piece;
+    /* release: the bytes before the position */
+    atomic_store_explicit(&a->written, written, memory_order_release);
+    endpoint_ring_slot(s->endpoint, s->slot);
+  }
+  return (ssize_t)length;
+}
+
+static void note_full(struct vsocket *s) {
+  atomic_store_explicit(&s->full_at, atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->limit, memory_order_relaxed),
+                        memory_order_relaxed);
+}
+
+ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, int flags) {
+  if (flags & MSG_OOB) return -EOPNOTSUPP;
+  if (!connection_usable(s)) return -EBADF;
+  struct pieces from = { vector, count, 0 };
+  size_t length = pieces_length(vector, count), sent = 0;
+  uint64_t deadline = 0; /* read from the clock only when it is needed */
+  for (;;) {
+    pthread_mutex_lock(&s->send_lock);
+    ssize_t n = send_obstacle(s);
+    /* Nothing to send is not kept waiting. */
+    if (n == 0 || (n == -EAGAIN && !length && connection_view(s).connected)) n = send_some(s, &from, length - sent);
+    if (n == -EAGAIN && s->generation) note_full(s);
+    pthread_mutex_unlock(&s->send_lock);
+    if (n >= 0) {
+      sent += (size_t)n;
+      if (sent == length) return (ssize_t)sent;
+      continue;
+    }
+    if (n != -EAGAIN) {
+      if (!sent) return n;
+      /* What was sent is told first; the error is the next call's. */
+      if (n != -EPIPE && n != -ENOBUFS) atomic_store(&s->error, (int32_t)-n);
+      return (ssize_t)sent;
+    }
+    if (flags & MSG_DONTWAIT) return sent ? (ssize_t)sent : -EAGAIN;
+    if (!deadline) deadline = connection_deadline(s->send_timeout_ns);
+    struct wait_word words[CONNECTION_WORDS];
+    int waited = wait_until(words, connection_words(s, false, words), can_send, s, deadline, s->send_timeout_ns != 0);
+    if (waited) return sent ? (ssize_t)sent : waited == -ETIMEDOUT ? -EAGAIN : waited;
+  }
+}
+
+/* ---- receive ---- */
+
+/* What a reader sees, read in the order that makes end of file true. */
+struct arrival {
+  uint64_t waiting; /* bytes placed and not consumed */
+  bool ended;       /* no more will come: end of file, an error, or our own shutdown */
+};
+
+static struct arrival arrival(const struct vsocket *s) {
+  struct arrival a = { 0 };
+  struct connection_view view = connection_view(s);
+  if (!s->generation || view.connecting || !(view.connected || view.dead)) {
+    a.ended = !view.connecting;
+    return a;
+  }
+  /* acquire: the bytes are there when the position says so.  After the status: what END_OF_FILE speaks of
+   * has been placed by now. */
+  a.waiting = atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->placed, memory_order_acquire) -
+              atomic_load_explicit(&app_slot(s->endpoint, s->slot)->consumed, memory_order_relaxed);
+  a.ended = view.dead || (view.status & VMMC_END_OF_FILE) ||
+            (atomic_load_explicit(&s->shut, memory_order_relaxed) & VMMC_SHUT_READ);
+  return a;
+}
+
+/* Why a reader that found nothing gets nothing, as tcp_recvmsg says it: 0 for end of file, an error
+ * (taken), or -EAGAIN. */
+static int receive_obstacle(struct vsocket *s) {
+  struct connection_view view = connection_view(s);
+  uint32_t phase = atomic_load_explicit(&s->phase, memory_order_relaxed);
+  if (phase == SOCKET_LISTENING) return -ENOTCONN;
+  if (view.status & VMMC_END_OF_FILE) return 0;
+  int error = connection_take_error(s);
+  if (error) return -error;
+  if (view.dead || (atomic_load_explicit(&s->shut, memory_order_relaxed) & VMMC_SHUT_READ)) return 0;
+  if (phase == SOCKET_NEW || phase == SOCKET_BOUND) return -ENOTCONN;
+  return -EAGAIN;
+}
+
+/* The least window that the NIC gives: see the top of this file. */
+static uint64_t first_window(const struct vsocket *s) {
+  uint32_t buffer = s->receive_buffer;
+  if (!buffer || buffer > VMMC_FIRST_WINDOW) return VMMC_FIRST_WINDOW;
+  return buffer < VMMC_PAGE ? VMMC_PAGE : buffer;
+}
+
+/* `n` more bytes are read.  receive_lock is held. */
+static void consume(struct vsocket *s, uint64_t n) {
+  struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
+  uint64_t consumed = atomic_load_explicit(&a->consumed, memory_order_relaxed);
+  uint64_t waiting = atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->placed, memory_order_relaxed) - consumed;
+  if (waiting > s->outstanding) s->outstanding = waiting;
+  consumed += n;
+  /* release: the bytes were copied out before the NIC may overwrite them */
+  atomic_store_explicit(&a->consumed, consumed, memory_order_release);
+  uint64_t untold = consumed - s->rung;
+  if (untold < first_window(s) / 4 || (n < waiting && untold < s->outstanding / 4)) return;
+  s->rung = consumed;
+  endpoint_ring_slot(s->endpoint, s->slot);
+}
+
+/* ---- redirection of a receive ---- */
+
+struct redirected_receive {
+  struct vsocket *socket;
+  char *destination;
+  uint64_t offset, length; /* of the destination in the heap, held */
+  uint64_t position;       /* stream position of its first byte */
+  uint64_t generation;
+  uint64_t target;         /* bytes that end the wait */
+};
+
+/* Posts the address, when it lies in the heap.  receive_lock is held. */
+static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char *destination, uint64_t length) {
+  if (!heap_hold(s->endpoint, destination, length, &r->offset)) return false;
+  struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
+  r->socket = s;
+  r->destination = destination;
+  r->length = length;
+  r->position = atomic_load_explicit(&a->consumed, memory_order_relaxed);
+  r->generation = ++slot_memory(s->endpoint, s->slot)->redirections;
+  a->redirect_offset = r->offset;
+  a->redirect_length = length;
+  a->redirect_position = r->position;
+  s->redirecting = true;
+  COUNT_APP(s, redirections_posted, 1);
+  /* release: the NIC that sees the generation sees what it stands for */
+  atomic_store_explicit(&a->post, r->generation, memory_order_release);
+  return true;
+}
+
+static uint64_t redirect_consumed(const struct redirected_receive *r) {
+  return atomic_load_explicit(&app_slot(r->socket->endpoint, r->socket->slot)->consumed, memory_order_relaxed);
+}
+
+/* Which of the bytes [at, end), all of them placed, went to the posted address: [*from, *to). */
+static void redirect_told(const struct redirected_receive *r, uint64_t at, uint64_t end, uint64_t *from, uint64_t *to) {
+  const struct vmmc_nic_slot *nic = nic_slot(r->socket->endpoint, r->socket->slot);
+  *from = *to = end;
+  /* acquire: the NIC stores the bounds first and the generation that they belong to last */
+  if (atomic_load_explicit(&nic->redirected_post, memory_order_acquire) != r->generation) return;
+  uint64_t first = atomic_load_explicit(&nic->redirected_from, memory_order_relaxed);
+  uint64_t last = atomic_load_explicit(&nic->redirected_to, memory_order_relaxed);
+  if (first < at) first = at;
+  if (last > end) last = end;
+  if (first >= last) return; /* the run lies before or behind these */
+  *from = first;
+  *to = last;
+}
+
+/*
+ * Reads what has been placed so far: what went to the default buffer is copied to where the rest already
+ * is.  Also while the address stands: the NIC writes only behind `placed`, and the sender gets its room
+ * back as it goes, so a receive may be longer than the ring.  receive_lock is held.
+ */
+static void redirect_progress(struct redirected_receive *r) {
+  struct vsocket *s = r->socket;
+  uint64_t at = redirect_consumed(r), end = at + arrival(s).waiting, from, to;
+  if (end > r->position + r->length) end = r->position + r->length;
+  if (end == at) return;
+  redirect_told(r, at, end, &from, &to);
+  const char *ring = default_buffer(s->endpoint, s->slot);
+  struct iovec head = { r->destination + (at - r->position), from - at };
+  struct iovec tail = { r->destination + (to - r->position), end - to };
+  copy_from_ring(ring, at, &(struct pieces){ &head, 1, 0 }, head.iov_len);
+  copy_from_ring(ring, to, &(struct pieces){ &tail, 1, 0 }, tail.iov_len);
+  uint64_t copied = head.iov_len + tail.iov_len;
+  if (copied) COUNT_APP(s, bytes_copied, copied);
+  consume(s, end - at);
+}
+
+/*
+ * Takes the posted address back.  Afterwards nothing can still be written to it: post = 0 and the look at
+ * `claim` are seq_cst, as the NIC's claim and its second look at `post`, so one of the two sees the other.
+ * The claim is held for one copy; a NIC that was killed in it is waited for until its successor, which
+ * writes nothing, clears it.
+ */
+static void redirect_withdraw(struct redirected_receive *r) {
+  struct vsocket *s = r->socket;
+  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+  struct timespec pause = { .tv_nsec = 20000 };
+  atomic_store(&app_slot(s->endpoint, s->slot)->post, 0);
+  for (int looks = 0; atomic_load(&n->claim) == r->generation; looks++) {
+    if (looks < 1000) {
+      sched_yield();
+    } else {
+      sys_nanosleep(&pause);
+      if (pause.tv_nsec < 5000000) pause.tv_nsec *= 2;
+    }
+  }
+}
+
+static bool redirect_is_over(void *context) {
+  struct redirected_receive *r = context;
+  pthread_mutex_lock(&r->socket->receive_lock);
+  redirect_progress(r);
+  bool over = redirect_consumed(r) - r->position >= r->target || arrival(r->socket).ended;
+  pthread_mutex_unlock(&r->socket->receive_lock);
+  return over;
+}
+
+static void redirect_end(struct redirected_receive *r, bool read_rest) {
+  struct vsocket *s = r->socket;
+  redirect_withdraw(r);
+  pthread_mutex_lock(&s->receive_lock);
+  uint64_t at = redirect_consumed(r), end = at + arrival(s).waiting, from, to;
+  redirect_told(r, at, end, &from, &to);
+  /* Bytes that were redirected are nowhere else: they are read, if only by a thread that is cancelled. */
+  if (read_rest || to > from) redirect_progress(r);
+  if (redirect_consumed(r) < r->position + r->length) COUNT_APP(s, redirections_cancelled, 1);
+  heap_release(s->endpoint, r->offset, r->length);
+  s->redirecting = false;
+  pthread_mutex_unlock(&s->receive_lock);
+  connection_wake_local(s); /* readers that had to wait for this one */
+}
+
+static void redirect_cancelled(void *context) { redirect_end(context, false); }
+
+/* Waits with the address posted, then takes it back.  What wait_until says; *arrived bytes were read. */
+__attribute__((noinline)) static int redirect_wait(struct redirected_receive *r, uint64_t deadline, bool timed,
+                                                   uint64_t *arrived) {
+  struct wait_word words[CONNECTION_WORDS];
+  volatile int waited = 0; /* the push may be a setjmp */
+  int count = connection_words(r->socket, true, words);
+  pthread_cleanup_push(redirect_cancelled, r);
+  waited = wait_until(words, count, redirect_is_over, r, deadline, timed);
+  pthread_cleanup_pop(0);
+  redirect_end(r, true);
+  *arrived = redirect_consumed(r) - r->position;
+  return waited;
+}
+
+/* ---- the receive call ---- */
+
+struct receive { /* one call */
+  struct vsocket *socket;
+  struct pieces to;
+  size_t length, got;
+  int flags;
+  bool redirecting; /* `redirect` is posted */
+  struct redirected_receive redirect;
+};
+
+/* Bytes that the call waits for.  Where waiting bytes stay in the buffer, no more than a sender can
+ * always send. */
+static uint64_t receive_target(const struct receive *r) {
+  uint64_t left = r->length - r->got, target = r->socket->low_water;
+  if (r->flags & MSG_WAITALL || target > left) target = left;
+  bool reads_while_waiting = (r->flags & MSG_WAITALL) && !(r->flags & MSG_PEEK);
+  if (!reads_while_waiting && target > PATIENT_MAX) target = PATIENT_MAX;
+  return target ? target : 1;
+}
+
+/* Copies out what is there.  receive_lock is held. */
+static void receive_some(struct receive *r, uint64_t waiting) {
+  struct vsocket *s = r->socket;
+  size_t length = r->length - r->got;
+  if (length > waiting) length = waiting;
+  if (!length) return;
+  uint64_t consumed = atomic_load_explicit(&app_slot(s->endpoint, s->slot)->consumed, memory_order_relaxed);
+  if (!(r->flags & MSG_TRUNC)) { /* Linux, TCP: MSG_TRUNC throws the bytes away */
+    copy_from_ring(default_buffer(s->endpoint, s->slot), consumed, &r->to, length);
+    COUNT_APP(s, bytes_copied, length);
+  }
+  if (!(r->flags & MSG_PEEK)) consume(s, length);
+  r->got += length;
+}
+
+/* Before the call sleeps: where a late byte may go straight to its place, that place is posted.
+ * receive_lock is held. */
+static void receive_prepare(struct receive *r, uint64_t waiting) {
+  if (r->flags & (MSG_PEEK | MSG_TRUNC)) return;
+  if (r->to.count == 1 && r->length)
+    r->redirecting = redirect_post(r->socket, &r->redirect, (char *)r->to.vector->iov_base + r->to.offset, r->length - r->got);
+  if (r->redirecting)
+    r->redirect.target = receive_target(r);
+  else if (r->flags & MSG_WAITALL)
+    receive_some(r, waiting); /* the sender may need the room */
+}
+
+/* One look: bytes read, 0 at the end, -errno; -EAGAIN: nothing yet.  receive_lock is held. */
+static ssize_t receive_look(struct receive *r) {
+  struct vsocket *s = r->socket;
+  if (s->redirecting) return -EAGAIN; /* what arrives is another thread's, which has its address posted */
+  struct arrival a = arrival(s);
+  bool nonblocking = r->flags & MSG_DONTWAIT;
+  if (a.waiting && (nonblocking || a.ended || a.waiting >= receive_target(r))) {
+    receive_some(r, a.waiting);
+    return (ssize_t)r->got;
+  }
+  if (a.ended) return r->got ? (ssize_t)r->got : receive_obstacle(s);
+  if (!nonblocking) receive_prepare(r, a.waiting);
+  return -EAGAIN;
+}
+
+static bool can_receive(void *context) {
+  struct receive *r = context;
+  pthread_mutex_lock(&r->socket->receive_lock);
+  bool taken = r->socket->redirecting;
+  pthread_mutex_unlock(&r->socket->receive_lock);
+  if (taken) return false;
+  struct arrival a = arrival(r->socket);
+  uint64_t target = (r->flags & MSG_WAITALL) && !(r->flags & MSG_PEEK) ? 1 : receive_target(r);
+  return a.ended || a.waiting >= target;
+}
+
+/* 0: look again; else the call's result when nothing was got. */
+static int receive_wait(struct receive *r, uint64_t deadline) {
+  struct vsocket *s = r->socket;
+  bool timed = s->receive_timeout_ns != 0;
+  if (!r->redirecting) {
+    struct wait_word words[CONNECTION_WORDS];
+    return wait_until(words, connection_words(s, true, words), can_receive, r, deadline, timed);
+  }
+  uint64_t arrived;
+  int waited = redirect_wait(&r->redirect, deadline, timed, &arrived);
+  r->redirecting = false;
+  r->got += arrived;
+  r->to.offset += arrived;
+  return waited;
+}
+
+ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count, int flags) {
+  if (flags & MSG_OOB) return -EINVAL; /* as Linux, when no urgent data is there: here it never is */
+  if (!connection_usable(s)) return -EBADF;
+  struct receive r = { .socket = s, .to = { vector, count, 0 }, .length = pieces_length(vector, count), .flags = flags };
+  uint64_t deadline = 0; /* read from the clock only when it is needed */
+  for (;;) {
+    uint64_t target = receive_target(&r);
+    size_t before = r.got;
+    pthread_mutex_lock(&s->receive_lock);
+    ssize_t n = receive_look(&r);
+    pthread_mutex_unlock(&s->receive_lock);
+    if (n != -EAGAIN) return n;
+    if (flags & MSG_DONTWAIT) return -EAGAIN;
+    if (!deadline) deadline = connection_deadline(s->receive_timeout_ns);
+    bool redirected = r.redirecting;
+    int waited = receive_wait(&r, deadline);
+    if (redirected && r.got - before >= target) return (ssize_t)r.got;
+    if (waited) return r.got ? (ssize_t)r.got : waited == -ETIMEDOUT ? -EAGAIN : waited;
+  }
+}
+
+/* ---- readiness ---- */
+
+static bool is_readable(const struct vsocket *s, struct arrival a) {
+  return a.waiting >= (s->low_water < PATIENT_MAX ? s->low_water : PATIENT_MAX);
+}
+
+uint32_t socket_ready(struct vsocket *s) {
+  if (!connection_usable(s)) return EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP;
+  uint32_t phase = atomic_load_explicit(&s->phase, memory_order_acquire);
+  if (phase == SOCKET_LISTENING) return connection_accepts_waiting(s) ? EPOLLIN : 0;
+  struct connection_view view = connection_view(s);
+  uint32_t ready = connection_pending_error(s) ? EPOLLERR : 0;
+  if (view.connecting) return ready;
+  if (phase == SOCKET_NEW || phase == SOCKET_BOUND) return ready | EPOLLOUT | EPOLLHUP;
+
+  /* As tcp_poll, whose sk_shutdown is ours and the peer's together. */
+  uint32_t shut = atomic_load_explicit(&s->shut, memory_order_relaxed);
+  if (view.status & VMMC_END_OF_FILE) shut |= VMMC_SHUT_READ;
+  if (view.dead) shut |= VMMC_SHUT_READ | VMMC_SHUT_WRITE;
+  if ((shut & VMMC_SHUT_READ) && (shut & VMMC_SHUT_WRITE)) ready |= EPOLLHUP;
+  if (shut & VMMC_SHUT_READ) ready |= EPOLLIN | EPOLLRDHUP;
+  if (is_readable(s, arrival(s))) ready |= EPOLLIN;
+  if ((shut & VMMC_SHUT_WRITE) || (view.status & VMMC_PEER_CLOSED) || send_room(s))
+    ready |= EPOLLOUT;
+  else
+    note_full(s);
+  return ready;
+}
+
+/*
+ * An edge of EPOLLIN is each arrival.  An edge of EPOLLOUT is, as on Linux, not each bit of credit but
+ * the first after the socket was found full: the number is odd once `limit` has passed where that was.
+ * Multipliers keep apart what must not cancel out in the sum.
+ */
+struct socket_edges socket_edges(struct vsocket *s) {
+  if (!s->generation || !connection_usable(s)) return (struct socket_edges){ 0, atomic_load(&s->phase) };
+  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+  struct connection_view view = connection_view(s);
+  uint64_t state = view.status * 0x9e3779b97f4a7c15u + atomic_load_explicit(&s->shut, memory_order_relaxed) * 0xc2b2ae3d27d4eb4fu;
+  uint64_t full_at = atomic_load_explicit(&s->full_at, memory_order_relaxed);
+  bool room_since = atomic_load_explicit(&n->limit, memory_order_acquire) > full_at;
+  return (struct socket_edges){
+    .in = atomic_load_explicit(&n->placed, memory_order_acquire) + state,
+    .out = full_at * 2 + room_since + state,
+  };
+}
