@@ -40,7 +40,7 @@ enum {
   VMMC_ENDPOINTS_MAX = 1024,   /* endpoints on a node at one time */
   VMMC_ACTIVE_SLOTS = 16384,   /* socket slots that the app allocates: [0, ACTIVE) */
   VMMC_SLOTS = 32768,          /* the NIC allocates [ACTIVE, SLOTS), for connections it accepts */
-  VMMC_RING = 256 * 1024,      /* bytes of a socket's transmit ring and of its default buffer */
+  VMMC_RING = 1024 * 1024,     /* bytes of a socket's transmit ring and of its default buffer */
   VMMC_FIRST_WINDOW = 16384,   /* bytes of credit that a new connection starts with */
   VMMC_COMMANDS = 256,         /* VMMC commands outstanding in one endpoint */
   VMMC_EXPORTS = 1024,         /* buffers that one endpoint may export at a time */
