@@ -23,7 +23,7 @@ import posix_ipc
 from vmmc_emu import limits, names, paths, processes
 from vmmc_emu.nodes import channel
 from vmmc_emu.nodes.channel import Endpoint, Store
-from vmmc_emu.nodes.loop import Loop
+from vmmc_emu.loop import Loop
 from vmmc_emu.nodes.messages import Protocol
 from vmmc_emu.nodes.title import set_title
 

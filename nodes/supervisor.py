@@ -30,7 +30,7 @@ from vmmc_emu.errors import ClusterError
 from vmmc_emu.nodes import channel
 from vmmc_emu.nodes.channel import Endpoint, Store
 from vmmc_emu.nodes.daemon import become_daemon, describe_exit, log
-from vmmc_emu.nodes.loop import Loop
+from vmmc_emu.loop import Loop
 from vmmc_emu.nodes.messages import Protocol, become_subreaper, segment_sizes
 from vmmc_emu.nodes.title import set_title
 

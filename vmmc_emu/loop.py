@@ -1,4 +1,4 @@
-"""The event loop of supervisor and daemons: descriptors, signals and one-shot timers; idle, it sleeps."""
+"""The event loop of supervisor, daemons and `run`: descriptors, signals, one-shot timers; idle, it sleeps."""
 
 from __future__ import annotations
 

@@ -1,0 +1,50 @@
+"""Follows log files as they grow: the kernel tells of changes (inotify), nothing is polled."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+
+from vmmc_emu import observe
+from vmmc_emu.observe import Log
+from vmmc_emu.paths import ClusterPaths
+
+_IN_MODIFY, _IN_CREATE, _IN_DELETE_SELF = 0x2, 0x100, 0x400
+
+
+def _watch(directory: str) -> int:
+    """A descriptor that becomes readable when a file in the directory is made or grows."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = int(libc.inotify_init1(os.O_CLOEXEC))
+    mask = _IN_MODIFY | _IN_CREATE | _IN_DELETE_SELF
+    if descriptor < 0 or libc.inotify_add_watch(descriptor, os.fsencode(directory), mask) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"cannot watch {directory}: {os.strerror(code)}")
+    return descriptor
+
+
+def follow(place: ClusterPaths, nodes: set[int] | None = None) -> Iterator[str]:
+    """The lines of the logs, those to come included, until the cluster is down."""
+    descriptor = _watch(os.fspath(place.logs))
+    positions: dict[Log, int] = {}
+    rests: dict[Log, bytes] = {}
+    try:
+        while True:
+            for log in observe.logs(place, nodes):
+                try:
+                    with open(log.path, "rb") as file:
+                        file.seek(positions.get(log, 0))
+                        data = rests.get(log, b"") + file.read()
+                        positions[log] = file.tell()
+                except FileNotFoundError:
+                    continue
+                *lines, rests[log] = data.split(b"\n")
+                prefix = f"{log.node} {log.source}" if log.node else log.source
+                for line in lines:
+                    yield f"{prefix} | {line.decode('utf-8', 'replace')}"
+            if not place.logs.exists():
+                return
+            os.read(descriptor, 65536)
+    finally:
+        os.close(descriptor)
