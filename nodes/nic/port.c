@@ -39,9 +39,26 @@ static bool conflict(const struct binding *a, const struct binding *b) {
 
 static uint32_t *bucket_of(uint16_t port) { return &nic.state->bucket[port % PORT_BUCKETS]; }
 
+/* The program has closed the socket and the doorbell was not looked at yet: does so now.  A close and the
+ * next bind ring for two slots, and are looked at in the order of the slots, not of the calls. */
+static bool was_closed(const struct binding *b) {
+  struct endpoint *e = nic.endpoint[b->endpoint];
+  uint32_t slot = b->slot;
+  if (!e || e->serial != b->serial || !(connection_half(e, slot).shut & VMMC_CLOSED)) return false;
+  struct connection *c = connection_of(e, slot);
+  if (c->state != CONNECTION_IDLE && c->state != CONNECTION_LISTENING) return false;
+  connection_look(e, slot);
+  return !c->binding;
+}
+
 static bool conflicts(const struct binding *candidate, uint32_t except) {
-  for (uint32_t i = *bucket_of(candidate->address.port); i; i = nic.state->binding[i - 1].next)
-    if (i != except && conflict(candidate, &nic.state->binding[i - 1])) return true;
+  uint32_t *at = bucket_of(candidate->address.port);
+  while (*at) {
+    struct binding *b = &nic.state->binding[*at - 1];
+    if (*at == except || !conflict(candidate, b)) at = &b->next;
+    else if (was_closed(b)) at = bucket_of(candidate->address.port); /* the list has changed */
+    else return true;
+  }
   return false;
 }
 
