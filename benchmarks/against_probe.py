@@ -25,7 +25,7 @@ from typing import Any
 
 from vmmc_emu import Cluster
 from vmmc_emu.bench import KINDS, Path, over_tcp, over_vmmc
-from vmmc_emu.vmmc import Endpoint
+from vmmc_emu.vmmc import attach
 
 LATENCY_S = 1.0
 BANDWIDTH_S = 1.0
@@ -54,7 +54,7 @@ def program(path: Path) -> dict[str, float]:
 
 def sends_and_copies(cluster: Cluster) -> dict[str, float]:
     """GB/s of VMMC sends of 1 MiB from node0 to node1, and of memcpy of 1 MiB in this process."""
-    with Endpoint(cluster.name, node=1) as receiver, Endpoint(cluster.name, node=0) as sender:
+    with attach(1, cluster.name) as receiver, attach(0, cluster.name) as sender:
         receiver.export(receiver.alloc(MEBIBYTE), "bench")
         target = sender.import_(1, "bench")
         source = sender.alloc(MEBIBYTE)

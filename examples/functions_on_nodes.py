@@ -29,7 +29,7 @@ def send_number(host: str, port: int, number: int) -> str:
 
 if __name__ == "__main__":
     with Cluster(nodes=4) as cluster:
-        server = cluster.node(0).start_python(add_numbers_of_clients, 4000, 3)
+        server = cluster.node(0).submit(add_numbers_of_clients, 4000, 3)
         cluster.node(0).wait_for_port(4000)
         for i in (1, 2, 3):
             address = cluster.node(i).python(send_number, "node0", 4000, i * 10)

@@ -11,6 +11,7 @@
 /* Program to daemon, over the node's Unix socket (SOCK_SEQPACKET), one message each. */
 enum vmmc_attach_kind {
   VMMC_ATTACH = 1, /* answered by vmmc_attach_reply with three descriptors: app, nic, pub */
+  VMMC_VISIT = 3,  /* the same, by a process that runs elsewhere: it does not end with the cluster */
   VMMC_WAKER = 2,  /* carries one event descriptor that the NIC may write: waker number `waker` */
 };
 

@@ -304,7 +304,7 @@ class Daemon:
             return
         except ConnectionResetError:
             request = None
-        if request is None or request["kind"] != self._protocol.ATTACH:
+        if request is None or request["kind"] not in {self._protocol.ATTACH, self._protocol.VISIT}:
             self._drop(connection)
             return
         name = names.node_name(self._node)
@@ -325,7 +325,8 @@ class Daemon:
         self._tell_nic(self._protocol.CONTROL_ATTACH, endpoint, endpoint.pid)
         self._reply(endpoint)
         command = processes.command_of(pid)
-        if not (self._place.processes / f"{processes.PROGRAM}-{pid}").exists():
+        visits = request["kind"] == self._protocol.VISIT
+        if not visits and not (self._place.processes / f"{processes.PROGRAM}-{pid}").exists():
             processes.record(self._place, pid, processes.PROGRAM, self._node, command)
         log(f"{name} attached pid {pid} as endpoint {endpoint.index}, serial {endpoint.serial}: {command[:200]}")
 

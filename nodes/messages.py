@@ -49,6 +49,7 @@ class Protocol:
         self.control = structures["vmmc_control"]
         constants = {name: int(value) for name, value in re.findall(r"(VMMC_\w+) = (\d+)", text)}
         self.ATTACH = constants["VMMC_ATTACH"]
+        self.VISIT = constants["VMMC_VISIT"]
         self.WAKER = constants["VMMC_WAKER"]
         self.CONTROL_ATTACH = constants["VMMC_CONTROL_ATTACH"]
         self.CONTROL_WAKER = constants["VMMC_CONTROL_WAKER"]

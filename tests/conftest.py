@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,12 +61,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         path = directory / "-".join([name, *flags]).replace("/", "_")
         if not path.exists():
             compiler = os.environ.get("CC", "cc")
+            sanitizer = os.environ.get("SANITIZE")  # as the native parts are built (tox.ini)
+            sanitize = [f"-fsanitize={sanitizer}"] if sanitizer else []
             warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-result"]
             include = f"-I{native_directory() / 'include'}"
             source = PROGRAMS / f"{name}.c"
             subprocess.run(
-                [compiler, "-std=gnu11", "-D_GNU_SOURCE", "-O2", "-g", "-pthread", *warnings, include,
-                 str(source), "-o", str(path), *flags],
+                [compiler, "-std=gnu11", "-D_GNU_SOURCE", "-O2", "-g", "-pthread", *warnings, *sanitize,
+                 include, str(source), "-o", str(path), *flags],
                 check=True,
             )  # fmt: skip
         return str(path)
@@ -79,14 +80,13 @@ EchoServer = Callable[..., int]
 
 
 @pytest.fixture
-def echo_server() -> Iterator[EchoServer]:
+def echo_server(program: Callable[..., str]) -> Iterator[EchoServer]:
     """Starts an echo server on a node of a cluster, or over the kernel without one; returns its port."""
     with contextlib.ExitStack() as stack:
 
         def start(cluster: Cluster | None = None, node: int = 0) -> int:
-            command = [sys.executable, str(PROGRAMS / "echo_server.py")]
             popen = cluster.node(node).popen if cluster else subprocess.Popen
-            server = popen(command, stdout=subprocess.PIPE, text=True)
+            server = popen([program("echo_server")], stdout=subprocess.PIPE, text=True)
 
             def end() -> None:
                 server.kill()

@@ -62,7 +62,7 @@ def _cluster(context: click.Context, stack: contextlib.ExitStack) -> Cluster:
     """The running cluster that is meant, or one of our own that ends with `stack`."""
     name = context.find_root().params.get("cluster")
     try:
-        cluster = Cluster.attach(name)
+        cluster = Cluster.running(name)
     except ClusterError:
         click.echo("no cluster is up: measuring on one of two nodes, started for this", err=True)
         return stack.enter_context(Cluster(nodes=2, name=f"bench-{secrets.token_hex(4)}"))

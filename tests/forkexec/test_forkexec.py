@@ -39,6 +39,7 @@ def test_kernel(case: str, program: Callable[..., str], echo_server: Callable[..
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("case", LIMITED + UNDISTURBED + EXEC)
 def test_c_program(case: str, two_nodes: Cluster, program: Callable[..., str], echo_server: Callable[..., int]) -> None:
     command = [program("forkexec"), case, "node1", str(echo_server(two_nodes, 1))]

@@ -31,6 +31,7 @@ def test_kernel(case: str, program: Callable[..., str], echo_server: Callable[..
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("host", ["127.0.0.1", "node1"])
+@pytest.mark.native
 def test_vmmc(
     case: str, host: str, two_nodes: Cluster, program: Callable[..., str], echo_server: Callable[..., int]
 ) -> None:

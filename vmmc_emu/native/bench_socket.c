@@ -183,7 +183,7 @@ static void measure_stream(int fd, size_t size, double seconds) {
   size_t writes_a_look = size >= CLOCK_BYTES ? 1 : CLOCK_BYTES / size < CLOCK_WRITES ? CLOCK_BYTES / size : CLOCK_WRITES;
   double begin = now(), start = 0;
   uint64_t writes = 0, writes_before = 0; /* in all, and when the clock started */
-  for (double t = begin; t < begin + seconds || writes == writes_before; t = now()) {
+  for (double t = begin; t < begin + seconds || !start || writes == writes_before; t = now()) {
     if (!start && t >= begin + seconds * WARM_UP) start = t, writes_before = writes;
     for (size_t i = 0; i < writes_a_look; i++) send_all(fd, block, size);
     writes += writes_a_look;

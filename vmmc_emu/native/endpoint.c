@@ -208,14 +208,14 @@ static void introduce(struct endpoint *e) {
   header->magic = VMMC_MAGIC;
 }
 
-int endpoint_attach(const char *socket_path, struct endpoint **out) {
+int endpoint_attach(const char *socket_path, bool visitor, struct endpoint **out) {
   struct endpoint *e = calloc(1, sizeof *e);
   if (!e) return -ENOMEM;
   int saved = errno;
   struct vmmc_attach_reply reply;
   int descriptor[3];
   int fd = talk_to_daemon(socket_path);
-  int error = fd < 0 ? fd : say(fd, VMMC_ATTACH, 0, -1);
+  int error = fd < 0 ? fd : say(fd, visitor ? VMMC_VISIT : VMMC_ATTACH, 0, -1);
   if (!error) error = hear(fd, &reply, descriptor);
   if (!error) error = map_segments(e, descriptor);
   if (!error) {
@@ -320,7 +320,7 @@ static int attach_default(void) {
   if (atomic_load_explicit(&current, memory_order_relaxed)) forget(false);
   struct endpoint *e;
   int error = watch_forks();
-  if (!error) error = endpoint_attach(path, &e);
+  if (!error) error = endpoint_attach(path, false, &e);
   if (error) return error;
   *mark = 1;
   /* release: see endpoint_current */

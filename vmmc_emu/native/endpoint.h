@@ -24,8 +24,9 @@ struct endpoint {
   void *sockets;             /* private to the socket layer (connection.c) */
 };
 
-/* Attaches this process to the node whose daemon listens at `socket_path`.  0 or -errno. */
-int endpoint_attach(const char *socket_path, struct endpoint **out);
+/* Attaches this process to the node whose daemon listens at `socket_path`.  A visitor does not run on
+ * the node: it is not ended with the cluster.  0 or -errno. */
+int endpoint_attach(const char *socket_path, bool visitor, struct endpoint **out);
 
 /* Unmaps and closes; the daemon sees the socket close, the NIC then delivers and frees. */
 void endpoint_detach(struct endpoint *endpoint);

@@ -191,7 +191,7 @@ struct vmmc_endpoint *vmmc_attach(const char *cluster, int node) {
   char path[PATH_ROOM];
   struct endpoint *e = NULL;
   int error = daemon_socket(cluster, node, path);
-  if (!error) error = -endpoint_attach(path, &e);
+  if (!error) error = -endpoint_attach(path, true, &e);
   if (error) {
     errno = error;
     return NULL;
