@@ -107,6 +107,7 @@ static void finish(struct endpoint *e, uint32_t slot) {
   }
   /* release: the app that finds it free finds everything else done with */
   atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_FREE, memory_order_release);
+  wake_slot(e, slot, WAKE_WRITERS); /* a close that lingers waits for this */
 }
 
 /* A slot for a connection that this node accepts; VMMC_SLOTS: none is free. */
@@ -468,7 +469,8 @@ static void transmit_established(struct endpoint *e, uint32_t slot, struct link 
       connection_fail(e, slot, EPIPE); /* a write to a peer that has closed */
     return;
   }
-  if (closed && ((h.shut & VMMC_ABORT) || c->placed > h.consumed)) {
+  bool unread = c->placed > h.consumed && !(h.shut & VMMC_FORKED);
+  if (closed && ((h.shut & VMMC_ABORT) || unread)) {
     say(link, e, slot, PACKET_RESET)->flags = PACKET_WANT_CLOSED;
     link_push(link);
     c->state = CONNECTION_CLOSING;
