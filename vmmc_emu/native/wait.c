@@ -65,8 +65,9 @@ static struct timespec time_of(uint64_t ns) {
   return (struct timespec){ .tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u) };
 }
 
-/* Without futex_waitv: on the first word alone, and never for long, so that a change of another word or
- * a handler that ran just before is seen late, but seen. */
+/* Without futex_waitv (before Linux 5.16): on the first word alone, and never for long, so that a change of
+ * another word or a handler that ran just before is seen late, but seen.  A futex wait with a timeout ends
+ * with EINTR also for a handler with SA_RESTART; where handlers are counted, that does not matter. */
 static int sleep_in_slices(const struct waiter *waiters, int count, uint64_t deadline_ns) {
   uint64_t slice = vmmc_now_ns() + SLICE_NS;
   (void)count;
