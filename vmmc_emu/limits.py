@@ -21,7 +21,7 @@ PROGRAM_SHM_BYTES = 512 * 1024
 
 NODE_DESCRIPTORS = 6  # that the supervisor holds for one node
 SPARE_DESCRIPTORS = 64
-LARGEST_SEGMENT_BYTES = 10 << 30  # VMMC_APP_BYTES: sparse, but limits on file and address-space size apply
+LARGEST_SEGMENT_BYTES = 34 << 30  # VMMC_APP_BYTES: sparse, but limits on file and address-space size apply
 
 
 def mebibytes(count: float) -> str:

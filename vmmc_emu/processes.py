@@ -165,7 +165,7 @@ def command_of(pid: int) -> str:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().rstrip(b"\0").split(b"\0")
         if any(words):
-            return " ".join(os.fsdecode(word) for word in words)
+            return " ".join(" ".join(os.fsdecode(word) for word in words).split())
         with open(f"/proc/{pid}/comm", "rb") as file:
             return f"[{os.fsdecode(file.read().strip())}]"
     except OSError:
