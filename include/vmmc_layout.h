@@ -87,6 +87,8 @@ enum {
   VMMC_SHUT_READ = 2,
   VMMC_CLOSED = 4, /* the app is done with the slot; the NIC delivers what is written, then frees it */
   VMMC_ABORT = 8,  /* with VMMC_CLOSED: reset the connection instead (SO_LINGER of zero) */
+  VMMC_FORKED = 16, /* with VMMC_CLOSED: the program forked and left the reading to its child, which cannot:
+                       bytes that nobody read are no reason to reset the connection */
 };
 
 /*
@@ -218,7 +220,10 @@ enum { /* vmmc_command.permissions */
   VMMC_PERMIT_WRITE = 1,
   VMMC_PERMIT_READ = 2,
 };
-enum { VMMC_SEND_NOTIFY = 1 }; /* vmmc_command.flags */
+enum { /* vmmc_command.flags */
+  VMMC_SEND_NOTIFY = 1,
+  VMMC_SEND_MORE = 2, /* a piece of a transfer that the library cut, and not the last: no send arrives with it */
+};
 #define VMMC_ANY_NODE 0xffffffffu
 #define VMMC_EXPORT_NUMBER(endpoint, id) ((endpoint) * VMMC_EXPORTS + (id)) /* an export of a node */
 

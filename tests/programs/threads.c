@@ -109,11 +109,12 @@ static void *accept_some(void *argument) {
     CHECK(fd >= 0);
     char kind;
     CHECK(recv(fd, &kind, 1, 0) == 1);
+    if (kind != 'q') listener->accepted++;
     CHECK(send(fd, &kind, 1, 0) == 1);
-    CHECK(recv(fd, &kind, 1, 0) == 0);
+    char more;
+    CHECK(recv(fd, &more, 1, 0) == 0);
     CHECK(close(fd) == 0);
     if (kind == 'q') return NULL;
-    listener->accepted++;
   }
 }
 

@@ -28,6 +28,7 @@ enum {
 
 static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct vsocket *pool_free;
+static _Atomic uint32_t forks; /* of this process, so far */
 
 /* Called with pool_lock held. */
 static bool pool_grow(void) {
@@ -47,8 +48,9 @@ static bool pool_grow(void) {
 
 static void before_fork(void);
 static void after_fork(void);
+static void after_fork_in_parent(void);
 
-static void watch_forks(void) { pthread_atfork(before_fork, after_fork, after_fork); }
+static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork); }
 
 struct vsocket *socket_new(int family) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -66,6 +68,7 @@ struct vsocket *socket_new(int family) {
   s->receive_timeout_ns = s->send_timeout_ns = 0;
   s->receive_buffer = s->send_buffer = 0;
   s->linger_s = -1;
+  s->forks = atomic_load_explicit(&forks, memory_order_relaxed);
   s->bind_flags = s->flags = 0;
   s->error = 0;
   s->error_taken = 0;
@@ -151,6 +154,11 @@ static void before_fork(void) {
 static void after_fork(void) {
   pthread_mutex_unlock(&pool_lock);
   pthread_mutex_unlock(&slots_making);
+}
+
+static void after_fork_in_parent(void) {
+  atomic_fetch_add_explicit(&forks, 1, memory_order_relaxed);
+  after_fork();
 }
 
 /* Both halves of a slot lie in pages that are there.  Called with the lock held. 0 or -ENOBUFS. */
@@ -771,6 +779,7 @@ static void end(struct vsocket *s) {
   if (!connection_usable(s)) return; /* a child of fork: the parent's connection goes on */
   uint32_t bits = VMMC_CLOSED;
   if (s->linger_s == 0 && connection_view(s).connected) bits |= VMMC_ABORT;
+  if (s->forks != atomic_load_explicit(&forks, memory_order_relaxed)) bits |= VMMC_FORKED;
   atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
   endpoint_ring_slot(s->endpoint, s->slot);
   if (s->linger_s > 0 && connection_view(s).connected) linger(s);
