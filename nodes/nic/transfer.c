@@ -40,7 +40,8 @@ static bool transmit_send(struct endpoint *e, struct own_command *own, struct li
   p->total = c->notify_length ? c->notify_length : c->length;
   p->tag = c->tag;
   bool last = own->moved + length == c->length;
-  p->flags = (uint8_t)((last ? PACKET_LAST : 0) | (c->flags & VMMC_SEND_NOTIFY ? PACKET_NOTIFY : 0));
+  p->flags = (uint8_t)((last ? PACKET_LAST : 0) | (c->flags & VMMC_SEND_NOTIFY ? PACKET_NOTIFY : 0) |
+                       (c->flags & VMMC_SEND_MORE ? PACKET_MORE : 0));
   link_push(link);
   own->moved += length;
   COUNT(e, bytes_sent, length);
@@ -142,7 +143,7 @@ void transfer_send_arrived(struct link *link, const struct packet *p) {
   if (!error && !remote) error = ECONNRESET;
   if (!error) error = place(e, p, remote->app + VMMC_APP_HEAP + p->position);
   if (remote) remote_release(remote);
-  if (!error && (p->flags & PACKET_LAST)) {
+  if (!error && (p->flags & PACKET_LAST) && !(p->flags & PACKET_MORE)) {
     struct vmmc_nic_export *n = (struct vmmc_nic_export *)(e->nic + VMMC_NIC_EXPORTS) + p->to.slot;
     n->last_offset = p->remote + p->length - p->total;
     n->last_length = p->total;

@@ -99,7 +99,7 @@ static int piece_cut(struct vmmc_endpoint *v, struct operation *o, struct vmmc_c
   piece->offset = offset;
   piece->remote_offset = o->command.remote_offset + o->posted;
   piece->length = held;
-  if (!last) piece->flags &= ~(uint32_t)VMMC_SEND_NOTIFY;
+  if (!last && o->command.op == VMMC_OP_SEND) piece->flags = VMMC_SEND_MORE;
   if (last && o->posted) piece->notify_length = o->command.length;
   return 0;
 }
