@@ -74,7 +74,9 @@ def sends_and_copies(cluster: Cluster) -> dict[str, float]:
 
 def main() -> None:
     """Measures, prints a table and what is asked of it, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--probe", help="a bare-path program to compare with")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -107,7 +109,10 @@ def show(medians: dict[str, Any], rounds: list[dict[str, dict[str, float]]]) -> 
             each = "  ".join(f"{r[path][name]:.2f}" for r in rounds)
             print(f"{path:<8} {name:<16} {value:8.2f}   ({each})")
     vmmc, tcp, memory = medians["vmmc"], medians["tcp"], medians["memory"]
-    print(f"latency    {vmmc['latency_us']:.2f} µs (under 20); {tcp['latency_us'] / vmmc['latency_us']:.1f} times better than TCP (3)")
+    print(
+        f"latency    {vmmc['latency_us']:.2f} µs (under 20);"
+        f" {tcp['latency_us'] / vmmc['latency_us']:.1f} times better than TCP (3)"
+    )
     print(f"bandwidth  {vmmc['bandwidth_gb_s'] / tcp['bandwidth_gb_s']:.1f} times TCP's (2)")
     if "probe" in medians:
         bare = medians["probe"]

@@ -23,8 +23,10 @@ with Cluster(nodes=4) as cluster, tempfile.TemporaryDirectory() as directory:
         node.wait_for_port(8000)
 
     urls = [f"http://node{i}:8000/name" for i in range(3)]
-    client = cluster.node(3).run([sys.executable, "-c", CLIENT, *urls], capture_output=True, text=True, check=True)
+    client = cluster.node(3).run(
+        [sys.executable, "-c", CLIENT, *urls], capture_output=True, text=True, check=True
+    )
     print(client.stdout, end="")
 
-    for node, counters in cluster.counters().items():
-        print(f"{node}: {counters['connections_opened']} connections, {counters['bytes_sent']} bytes sent")
+    for name, counters in cluster.counters().items():
+        print(f"{name}: {counters['connections_opened']} connections, {counters['bytes_sent']} bytes sent")

@@ -145,7 +145,9 @@ def measure(
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Report:
     """Measures every size over every path, `rounds` times, `seconds` each; interleaved."""
-    report = Report(kind, rounds, seconds, [Row(size, {path.name: [] for path in paths}) for size in sizes or kind.sizes])
+    report = Report(
+        kind, rounds, seconds, [Row(size, {path.name: [] for path in paths}) for size in sizes or kind.sizes]
+    )
     total, done = rounds * len(report.rows) * len(paths), 0
     for round_number in range(rounds):
         for row in report.rows:
@@ -166,7 +168,9 @@ def _client(host: str, port: int, mode: str, size: int, seconds: float) -> list[
 def _sample(finished: subprocess.CompletedProcess[str]) -> Sample:
     if finished.returncode != 0:
         command = " ".join(finished.args[1:])
-        raise RuntimeError(f"vmmc-bench {command} ended with status {finished.returncode}: {finished.stderr.strip()}")
+        raise RuntimeError(
+            f"vmmc-bench {command} ended with status {finished.returncode}: {finished.stderr.strip()}"
+        )
     sample: Sample = json.loads(finished.stdout)
     return sample
 
@@ -209,6 +213,8 @@ def over_vmmc(cluster: Cluster, stack: contextlib.ExitStack, *, client: int = 0,
 
     def run(mode: str, size: int, seconds: float) -> Sample:
         command = _client(f"node{server}", port, mode, size, seconds)
-        return _sample(cluster.node(client).run(command, capture_output=True, text=True, timeout=120, check=False))
+        return _sample(
+            cluster.node(client).run(command, capture_output=True, text=True, timeout=120, check=False)
+        )
 
     return Path("vmmc", run)

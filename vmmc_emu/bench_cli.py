@@ -31,16 +31,29 @@ def _command(kind: measuring.Kind, text: str) -> None:
 
     @bench.command(kind.name, help=text)
     @click.option("--vs", type=click.Choice(["tcp"]), help="Measure this path too, and show the ratio.")
-    @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1, 1000), help="Rounds to take the median of.")
+    @click.option(
+        "--rounds",
+        default=5,
+        show_default=True,
+        type=click.IntRange(1, 1000),
+        help="Rounds to take the median of.",
+    )
     @click.option(
         "--seconds", default=20.0, show_default=True, type=click.FloatRange(0.1, 3600),
         help="How long all measurements together last.",
     )  # fmt: skip
-    @click.option("--size", "sizes", multiple=True, type=click.IntRange(1, 1 << 26), help="Bytes a write; repeats.")
+    @click.option(
+        "--size", "sizes", multiple=True, type=click.IntRange(1, 1 << 26), help="Bytes a write; repeats."
+    )
     @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     @click.pass_context
     def command(
-        context: click.Context, vs: str | None, rounds: int, seconds: float, sizes: tuple[int, ...], as_json: bool
+        context: click.Context,
+        vs: str | None,
+        rounds: int,
+        seconds: float,
+        sizes: tuple[int, ...],
+        as_json: bool,
     ) -> None:
         with contextlib.ExitStack() as stack:
             cluster = _cluster(context, stack)
@@ -88,6 +101,8 @@ def _progress() -> Callable[[int, int, str], Any]:
     return show
 
 
-_command(measuring.KINDS["latency"], "One-way latency of a message that is sent back and forth, 1 B to 1 MiB.")
+_command(
+    measuring.KINDS["latency"], "One-way latency of a message that is sent back and forth, 1 B to 1 MiB."
+)
 _command(measuring.KINDS["bandwidth"], "Bytes a second in one direction, in writes of 1 B to 1 MiB.")
 _command(measuring.KINDS["messages"], "Small writes a second in one direction.")

@@ -11,7 +11,12 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 def run(*command: object) -> str:
     done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=60, check=False, cwd=EXAMPLES
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=EXAMPLES,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

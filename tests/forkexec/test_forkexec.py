@@ -41,7 +41,9 @@ def test_kernel(case: str, program: Callable[..., str], echo_server: Callable[..
 
 @pytest.mark.native
 @pytest.mark.parametrize("case", LIMITED + UNDISTURBED + EXEC)
-def test_c_program(case: str, two_nodes: Cluster, program: Callable[..., str], echo_server: Callable[..., int]) -> None:
+def test_c_program(
+    case: str, two_nodes: Cluster, program: Callable[..., str], echo_server: Callable[..., int]
+) -> None:
     command = [program("forkexec"), case, "node1", str(echo_server(two_nodes, 1))]
     done = two_nodes.node(0).run(command, capture_output=True, text=True, timeout=20, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -78,7 +80,11 @@ def test_forking_server(two_nodes: Cluster) -> None:
     clients = [_client(two_nodes, 7000) for _ in range(2)]
     out, err = server.ended()
     for client in clients:
-        assert (client.returncode, client.stdout, client.stderr) == (3, "the server ended the connection\n", "")
+        assert (client.returncode, client.stdout, client.stderr) == (
+            3,
+            "the server ended the connection\n",
+            "",
+        )
     assert out == "child: EBADF: Bad file descriptor\n" * 2
     assert two_nodes.counters()["node0"]["fork_closed_sockets"] > before
     assert len([line for line in err.splitlines() if "fork" in line]) >= 1, err
@@ -93,11 +99,15 @@ with socket.create_connection(("node0", 7001), timeout=10) as s:
 
 
 def test_client_of_a_forking_server_that_speaks_first(two_nodes: Cluster) -> None:
-    """What it sent was never read, but the end is a clean one all the same: a fork is no failure of the peer."""
+    """What it sent was never read; the end is a clean one all the same: a fork is no failure."""
     server = Server(two_nodes, 0, _demo("echo_fork", 7001))
     for _ in range(5):
         client = two_nodes.node(1).run(
-            [sys.executable, "-c", CLIENT_THAT_SPEAKS_FIRST], capture_output=True, text=True, timeout=20, check=False
+            [sys.executable, "-c", CLIENT_THAT_SPEAKS_FIRST],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
         )
         assert (client.stdout, client.stderr) == ("b''\n", "")
     server.ended()
@@ -126,7 +136,8 @@ def test_daemonises_before_it_opens_its_socket(two_nodes: Cluster, tmp_path: Pat
     log = tmp_path / "log"
     two_nodes.node(0).run(
         _demo("daemonise", "before", 7004, log),
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=20, check=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        timeout=20, check=True,
     )  # fmt: skip
     two_nodes.node(0).wait_for_port(7004)
     assert _client(two_nodes, 7004).stdout == "hello\n"
@@ -148,7 +159,12 @@ def test_exec_leaves_nothing_open(two_nodes: Cluster) -> None:
     server = Server(two_nodes, 0, _demo("echo_threads", 7006))
     before = two_nodes.counters()["node1"]["exec_closed_sockets"]
     done = two_nodes.node(1).run(
-        _demo("exec_itself", "node0", 7006), capture_output=True, text=True, timeout=20, check=True, env=DIAGNOSTICS
+        _demo("exec_itself", "node0", 7006),
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+        env=DIAGNOSTICS,
     )
     assert "EBADF" in done.stdout.splitlines()[1]
     assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -41,7 +41,7 @@ def test_fixtures(suite: pytest.Pytester) -> None:
             assert first.name != second.name
 
         def test_connect(vmmc):
-            program = "import socket; l = socket.create_server(('', 4000)); c, _ = l.accept(); c.sendall(b'hello')"
+            program = "import socket as s; l = s.create_server(('', 4000)); l.accept()[0].sendall(b'hello')"
             server = vmmc.node(1).popen([sys.executable, "-c", program])
             vmmc.node(1).wait_for_port(4000)
             with vmmc.node(1).connect(4000) as connection:
@@ -77,7 +77,7 @@ def test_side_by_side(suite: pytest.Pytester) -> None:
         @pytest.mark.parametrize("number", range(4))
         def test_same_port(vmmc_cluster, number):
             cluster = vmmc_cluster(nodes=2)
-            program = f"import socket; l = socket.create_server(('', 5000)); c, _ = l.accept(); c.sendall(b'{number}')"
+            program = f"import socket as s; l = s.create_server(('', 5000)); l.accept()[0].sendall(b'{number}')"
             server = cluster.node(0).popen([sys.executable, "-c", program])
             cluster.node(0).wait_for_port(5000)
             client = "import socket; print(socket.create_connection(('node0', 5000)).recv(10).decode())"

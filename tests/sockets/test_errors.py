@@ -60,7 +60,9 @@ def test_address_of_the_cluster_that_no_node_has(address: str, two_nodes: Cluste
 
 def test_refusals_are_counted(two_nodes: Cluster) -> None:
     before = two_nodes.counters()["node1"]["connections_refused"]
-    two_nodes.node(0).run(["python3", "-c", CONNECT, "198.18.0.2"], capture_output=True, timeout=20, check=True)
+    two_nodes.node(0).run(
+        ["python3", "-c", CONNECT, "198.18.0.2"], capture_output=True, timeout=20, check=True
+    )
     assert two_nodes.counters()["node1"]["connections_refused"] == before + 1
 
 

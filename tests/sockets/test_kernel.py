@@ -55,7 +55,11 @@ FETCH = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=1
 def test_outside_connection_goes_over_the_kernel(two_nodes: Cluster, outside: tuple[str, int]) -> None:
     before = two_nodes.counters()["node0"]
     done = two_nodes.node(0).run(
-        python(FETCH, f"http://{outside[0]}:{outside[1]}/"), capture_output=True, text=True, timeout=30, check=True
+        python(FETCH, f"http://{outside[0]}:{outside[1]}/"),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
     )
     assert done.stdout == "from outside\n"
     after = two_nodes.counters()["node0"]
@@ -80,7 +84,12 @@ def test_kernel_ports(two_nodes: Cluster, echo_server: Callable[..., int]) -> No
         "s.sendall(b'hello'); print(s.recv(100))"
     )
     done = two_nodes.node(0).run(
-        python(code, port), capture_output=True, text=True, timeout=30, check=True, env={"VMMC_KERNEL_PORTS": str(port)}
+        python(code, port),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+        env={"VMMC_KERNEL_PORTS": str(port)},
     )
     assert done.stdout == "b'hello'\n"
 

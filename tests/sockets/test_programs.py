@@ -81,7 +81,8 @@ class TestHttp:
         before = eight_nodes.counters()
         fetch = ["sh", "-c", 'curl -sSf "$0" | sha256sum', f"http://node0:8000/{name}"]
         clients = [
-            eight_nodes.node(i).popen(fetch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(1, 8)
+            eight_nodes.node(i).popen(fetch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for i in range(1, 8)
         ]
         for client in clients:
             out, err = client.communicate(timeout=100)
@@ -100,7 +101,10 @@ class TestHttp:
         command = [sys.executable, "-m", "http.server", "8006", "--bind", "::"]
         with serving(eight_nodes.node(0), command, 8006, files):
             got = eight_nodes.node(3).run(
-                ["curl", "-sSf", "http://[fd00:766d:6d63::1]:8006/byte"], capture_output=True, timeout=30, check=True
+                ["curl", "-sSf", "http://[fd00:766d:6d63::1]:8006/byte"],
+                capture_output=True,
+                timeout=30,
+                check=True,
             )
             assert got.stdout == (files / "byte").read_bytes()
 
@@ -116,7 +120,9 @@ def test_same_port_on_all_eight_nodes(eight_nodes: Cluster, tmp_path: Path) -> N
             servers.append(stack.enter_context(serving(eight_nodes.node(i), http_server(8080), 8080, home)))
         for i in range(8):
             urls = [f"http://node{j}:8080/name" for j in range(8)]
-            got = eight_nodes.node(i).run(["curl", "-sSf", *urls], capture_output=True, text=True, timeout=30, check=True)
+            got = eight_nodes.node(i).run(
+                ["curl", "-sSf", *urls], capture_output=True, text=True, timeout=30, check=True
+            )
             assert got.stdout == "".join(f"this is node{j}" for j in range(8))
         for server in servers:
             assert psutil.Process(server.pid).net_connections("tcp") == []
@@ -126,13 +132,25 @@ def test_same_port_on_all_eight_nodes(eight_nodes: Cluster, tmp_path: Path) -> N
 class TestRedis:
     @pytest.fixture(scope="class")
     def server(self, eight_nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-        command = ["redis-server", "--port", "6379", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""]
+        command = [
+            "redis-server",
+            "--port",
+            "6379",
+            "--bind",
+            "0.0.0.0",
+            "--protected-mode",
+            "no",
+            "--save",
+            "",
+        ]
         with serving(eight_nodes.node(2), command, 6379, tmp_path_factory.mktemp("redis")):
             yield
 
-    def cli(self, cluster: Cluster, node: int, *words: str, **options: object) -> str:
+    def cli(self, cluster: Cluster, node: int, *words: str, input: str | None = None) -> str:
         command = ["redis-cli", "-h", "node2", *words]
-        done = cluster.node(node).run(command, capture_output=True, text=True, timeout=60, check=True, **options)
+        done = cluster.node(node).run(
+            command, input=input, capture_output=True, text=True, timeout=60, check=True
+        )
         out: str = done.stdout
         return out
 
@@ -158,7 +176,11 @@ class TestRedis:
 def test_iperf3(options: list[str], eight_nodes: Cluster, tmp_path: Path) -> None:
     with serving(eight_nodes.node(4), ["iperf3", "-s"], 5201, tmp_path):
         done = eight_nodes.node(1).run(
-            ["iperf3", "-c", "node4", "-t", "1", "-J", *options], capture_output=True, text=True, timeout=60, check=False
+            ["iperf3", "-c", "node4", "-t", "1", "-J", *options],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         result = json.loads(done.stdout)
         assert done.returncode == 0, result.get("error")
@@ -171,8 +193,10 @@ def test_iperf3(options: list[str], eight_nodes: Cluster, tmp_path: Path) -> Non
 
 
 def test_host_names(two_nodes: Cluster) -> None:
-    code = "import socket; print(socket.gethostname(), socket.gethostbyname('node1'), socket.getfqdn('198.18.0.2'))"
-    done = two_nodes.node(0).run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    code = "import socket as s; print(s.gethostname(), s.gethostbyname('node1'), s.getfqdn('198.18.0.2'))"
+    done = two_nodes.node(0).run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
     assert done.stdout == "node0 198.18.0.2 node1\n"
 
 

@@ -22,7 +22,9 @@ def test_every_case_is_listed(program: Callable[..., str]) -> None:
 
 @pytest.mark.native
 @pytest.mark.parametrize("case", CASES)
-def test_threads(case: str, two_nodes: Cluster, program: Callable[..., str], echo_server: Callable[..., int]) -> None:
+def test_threads(
+    case: str, two_nodes: Cluster, program: Callable[..., str], echo_server: Callable[..., int]
+) -> None:
     command = [program("threads"), case, "node1", str(echo_server(two_nodes, 1))]
     done = two_nodes.node(0).run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")

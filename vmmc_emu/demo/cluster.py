@@ -37,7 +37,10 @@ def show(stage: Stage) -> None:
         _web(stage, cluster, directory, stack)
         _redis(stage, cluster, directory, stack)
         _counters(stage, cluster)
-    stage.claim(not list(Path("/dev/shm").glob(f"vmmc.{os.getuid()}.{cluster.name}.*")), "cleaned up: no segment is left")
+    stage.claim(
+        not list(Path("/dev/shm").glob(f"vmmc.{os.getuid()}.{cluster.name}.*")),
+        "cleaned up: no segment is left",
+    )
     stage.end()
 
 
@@ -67,7 +70,10 @@ def _web(stage: Stage, cluster: Cluster, directory: Path, stack: contextlib.Exit
     for node in range(NODES):
         cluster.node(node).wait_for_port(WEB_PORT)
     kernels = [c for p in servers for c in psutil.Process(p.pid).net_connections("tcp") if c.laddr]
-    stage.claim(not kernels, f"{NODES} servers listen on one port of one machine, and the kernel knows of no TCP socket of theirs")
+    stage.claim(
+        not kernels,
+        f"{NODES} servers listen on one port of one machine, and the kernel knows of no TCP socket of theirs",
+    )
 
     stage.heading(f"Every node fetches {bytes_said(FILE_BYTES)} from every other")
     curl = shutil.which("curl")
@@ -92,7 +98,10 @@ def _web(stage: Stage, cluster: Cluster, directory: Path, stack: contextlib.Exit
                 right[node, other] = hashlib.sha256(content).hexdigest() == sums[other]
     stage.say("  who fetched from whom (✓: the SHA-256 is that of the file on the other node)")
     marks = [
-        [f"node{node}", *("·" if node == other else "✓" if right[node, other] else "✗" for other in range(NODES))]
+        [
+            f"node{node}",
+            *("·" if node == other else "✓" if right[node, other] else "✗" for other in range(NODES)),
+        ]
         for node in range(NODES)
     ]
     stage.table(["", *(f"node{other}" for other in range(NODES))], marks)
@@ -128,7 +137,9 @@ def _redis(stage: Stage, cluster: Cluster, directory: Path, stack: contextlib.Ex
     subscribers = []
     stage.command(1, [*client, "subscribe", "news"])
     for node in range(1, NODES):
-        subscriber = cluster.node(node).popen([*client, "subscribe", "news"], stdout=subprocess.PIPE, text=True)
+        subscriber = cluster.node(node).popen(
+            [*client, "subscribe", "news"], stdout=subprocess.PIPE, text=True
+        )
         stack.callback(_end, subscriber)
         subscribers.append(subscriber)
     for subscriber in subscribers:
@@ -142,7 +153,13 @@ def _redis(stage: Stage, cluster: Cluster, directory: Path, stack: contextlib.Ex
         if Path(program["command"].split()[0]).name.startswith("redis"):
             for socket in program["sockets"]:
                 rows.append(
-                    [program["node"], Path(program["command"].split()[0]).name, socket["state"], socket["local"], socket["peer"]]
+                    [
+                        program["node"],
+                        Path(program["command"].split()[0]).name,
+                        socket["state"],
+                        socket["local"],
+                        socket["peer"],
+                    ]
                 )
     stage.table(["node", "program", "state", "local", "peer"], rows)
     publish = [*client, "publish", "news", "hello from node7"]
@@ -152,7 +169,11 @@ def _redis(stage: Stage, cluster: Cluster, directory: Path, stack: contextlib.Ex
     heard = 0
     for subscriber in subscribers:
         assert subscriber.stdout is not None
-        heard += [subscriber.stdout.readline().strip() for _ in range(3)] == ["message", "news", "hello from node7"]
+        heard += [subscriber.stdout.readline().strip() for _ in range(3)] == [
+            "message",
+            "news",
+            "hello from node7",
+        ]
     stage.claim(heard == NODES - 1, f"{heard} subscribers on {heard} nodes heard it")
 
 
@@ -160,7 +181,13 @@ def _counters(stage: Stage, cluster: Cluster) -> None:
     stage.heading("What the NICs counted (vmmc-emu stats)")
     counters = cluster.counters()
     shown = ("connections_opened", "packets_sent", "bytes_sent", "bytes_received", "packets_resent")
-    stage.table(["node", *shown], [[node, *(values[name] for name in shown)] for node, values in counters.items()])
+    stage.table(
+        ["node", *shown], [[node, *(values[name] for name in shown)] for node, values in counters.items()]
+    )
     fetched = NODES * (NODES - 1) * FILE_BYTES
     received = sum(values["bytes_received"] for values in counters.values())
-    stage.claim(received >= fetched, f"{bytes_said(received)} went through the NICs: more than the {bytes_said(fetched)} of the files", str(received))
+    stage.claim(
+        received >= fetched,
+        f"{bytes_said(received)} went through the NICs: more than the {bytes_said(fetched)} of the files",
+        str(received),
+    )

@@ -14,7 +14,9 @@ WAYS = ("subprocess", "subprocess with preexec_fn", "posix_spawn", "system", "po
 
 def show(stage: Stage) -> None:
     """A program that execs itself with a connection open, and one that starts others beside its own."""
-    stage.say("VMMC communicates through memory, and exec gives the process a new one: no socket is left after it.")
+    stage.say(
+        "VMMC communicates through memory, and exec gives the process a new one: no socket is left after it."
+    )
     with contextlib.ExitStack() as stack:
         cluster = stack.enter_context(Cluster(nodes=2, name=f"demo-{secrets.token_hex(4)}"))
         start(cluster, 0, program("echo_threads", PORT), stack)
@@ -30,9 +32,11 @@ def show(stage: Stage) -> None:
         stage.claim("is a socket" in done.stdout, "before exec there was a connection")
         stage.claim(
             "EBADF" in done.stdout.partition("after exec")[2],
-            "after it the descriptor is closed, although the program asked to keep it: nothing half-alive is inherited",
+            "after it the descriptor is closed, although the program asked to keep it",
         )
-        stage.claim("exec" in done.stderr, "the library explained it, once, on the program's stderr", done.stderr)
+        stage.claim(
+            "exec" in done.stderr, "the library explained it, once, on the program's stderr", done.stderr
+        )
         counted = cluster.counters()["node1"]["exec_closed_sockets"] - before
         stage.claim(counted >= 1, f"and counted it: {counted} socket closed by an exec", str(counted))
 
@@ -43,5 +47,7 @@ def show(stage: Stage) -> None:
         )
         stage.quote(done.stdout + done.stderr)
         for way in WAYS:
-            stage.claim(f"{way}: the connection works" in done.stdout, f"{way}: the connection goes on as before")
+            stage.claim(
+                f"{way}: the connection works" in done.stdout, f"{way}: the connection goes on as before"
+            )
     stage.end()

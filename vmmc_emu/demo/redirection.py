@@ -69,8 +69,12 @@ class Receiver:
 
 def show(stage: Stage) -> None:
     """Counts copies and measures bandwidth for each time of posting; checks every byte."""
-    stage.say("A sender always addresses the receiver's default buffer. The receiver may post another address,")
-    stage.say("a redirection: its NIC then puts the bytes there at once, and the receiver need not copy them.")
+    stage.say(
+        "A sender always addresses the receiver's default buffer. The receiver may post another address,"
+    )
+    stage.say(
+        "a redirection: its NIC then puts the bytes there at once, and the receiver need not copy them."
+    )
     stage.say(f"node1 sends {MESSAGE >> 20} MiB messages to node0, which wants each in a certain place:")
     with (
         Cluster(nodes=2, name=f"demo-{secrets.token_hex(4)}") as cluster,
@@ -108,11 +112,17 @@ def show(stage: Stage) -> None:
     stage.bars("GB/s", list(speeds.items()))
     stage.say()
     gain = speeds["posted before"] / speeds["redirection off"]
-    stage.claim(gain > 1, f"a receive that was posted before is {gain:.2f} times as fast as one without redirection", f"{gain:.2f}")
+    stage.claim(
+        gain > 1,
+        f"a receive that was posted before is {gain:.2f} times as fast as one without redirection",
+        f"{gain:.2f}",
+    )
     stage.end()
 
 
-def _check(stage: Stage, cluster: Cluster, ends: Receiver, name: str, transfer: Transfer, expected: float) -> float:
+def _check(
+    stage: Stage, cluster: Cluster, ends: Receiver, name: str, transfer: Transfer, expected: float
+) -> float:
     """Makes one transfer and compares every byte; the share of the bytes that was redirected."""
     content = secrets.token_bytes(MESSAGE)
     ends.source[:] = content
@@ -120,12 +130,14 @@ def _check(stage: Stage, cluster: Cluster, ends: Receiver, name: str, transfer: 
     before = cluster.counters()["node0"]
     transfer()
     after = cluster.counters()["node0"]
-    stage.claim(bytes(ends.wanted) == content, f"{name}: all {MESSAGE} bytes are where the receiver wants them")
+    stage.claim(
+        bytes(ends.wanted) == content, f"{name}: all {MESSAGE} bytes are where the receiver wants them"
+    )
     straight = after["bytes_redirected"] - before["bytes_redirected"]
     default = after["bytes_default"] - before["bytes_default"]
     stage.claim(
         (straight, default) == (round(expected * MESSAGE), round((1 - expected) * MESSAGE)),
-        f"{name}: the NIC put {straight >> 10} KiB straight there and {default >> 10} KiB in the default buffer",
+        f"{name}: the NIC put {straight >> 10} KiB straight there, {default >> 10} KiB in the default buffer",
         f"redirected {straight}, default {default}",
     )
     return straight / MESSAGE

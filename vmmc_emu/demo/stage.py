@@ -47,7 +47,9 @@ class Stage:
     def claim(self, holds: bool, text: str, otherwise: str = "") -> None:
         """Says that something happened, having looked; raises `DemoFailed` when it did not."""
         if not holds:
-            raise DemoFailed(f"this should hold and does not: {text}" + (f" ({otherwise})" if otherwise else ""))
+            raise DemoFailed(
+                f"this should hold and does not: {text}" + (f" ({otherwise})" if otherwise else "")
+            )
         self.say(self._styled("  ✓ ", "32") + text)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,6 +1,6 @@
 """Has a connection, forks; the child opens a connection of its own; then the parent goes on with its own.
 
-    child_connects.py HOST PORT
+child_connects.py HOST PORT
 """
 
 import errno

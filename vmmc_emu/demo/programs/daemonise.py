@@ -1,6 +1,6 @@
 """An echo server that goes into the background, before or after it opens its socket.
 
-    daemonise.py before|after PORT LOG
+daemonise.py before|after PORT LOG
 """
 
 import errno

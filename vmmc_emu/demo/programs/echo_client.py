@@ -1,6 +1,6 @@
 """Connects, reads the greeting, sends a line, prints what comes back.
 
-    echo_client.py HOST PORT TEXT
+echo_client.py HOST PORT TEXT
 """
 
 import socket

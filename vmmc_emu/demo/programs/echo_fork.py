@@ -1,6 +1,6 @@
 """An echo server that forks a child for each connection, as servers have done since 1983.
 
-    echo_fork.py PORT
+echo_fork.py PORT
 """
 
 import errno

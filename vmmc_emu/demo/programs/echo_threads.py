@@ -1,6 +1,6 @@
 """The same echo server with a thread for each connection.
 
-    echo_threads.py PORT
+echo_threads.py PORT
 """
 
 import socket

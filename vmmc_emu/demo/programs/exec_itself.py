@@ -1,6 +1,6 @@
 """Opens a connection, lets it be inherited, execs itself, and looks what is left of it.
 
-    exec_itself.py HOST PORT
+exec_itself.py HOST PORT
 """
 
 import errno

@@ -1,6 +1,6 @@
 """Has a connection and starts other programs in every usual way; the connection goes on.
 
-    starts_programs.py HOST PORT
+starts_programs.py HOST PORT
 """
 
 import os
@@ -21,7 +21,7 @@ def still_works(after: str) -> None:
 
 subprocess.run(["true"], check=True)
 still_works("subprocess")
-subprocess.run(["true"], check=True, close_fds=False, preexec_fn=os.setsid)  # noqa: PLW1509 (the way that forks)
+subprocess.run(["true"], check=True, close_fds=False, preexec_fn=os.setsid)  # the way that forks
 still_works("subprocess with preexec_fn")
 os.waitpid(os.posix_spawn("/bin/true", ["true"], dict(os.environ)), 0)
 still_works("posix_spawn")
