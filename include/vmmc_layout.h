@@ -364,6 +364,9 @@ struct vmmc_app_header {
 
   /* the endpoint's doorbell.  Set by app, cleared by NIC (idempotent: a lost clear costs a look) */
   _Alignas(VMMC_LINE) _Atomic uint64_t summary[VMMC_SUMMARY_WORDS];
+  /* Raised, and woken (futex), when pub.asleep was found set after the bits.  The sleeping NIC waits for
+   * it to change: a wake alone could come between the NIC's last look and its sleep.  Writer: app */
+  _Alignas(VMMC_LINE) _Atomic uint32_t bell;
   /* commands.  Writer: app */
   _Alignas(VMMC_LINE) _Atomic uint64_t command_tail; /* commands posted */
   _Atomic uint32_t asleep_completion;                /* threads that sleep on nic_header.wake_completion */
@@ -399,8 +402,9 @@ struct vmmc_pub { /* writer: NIC */
   uint32_t node, nodes;
   _Atomic uint32_t incarnation; /* raised by each NIC process that takes the node over */
   _Atomic int32_t nic_pid;
-  /* 1 while the NIC sleeps or is about to: whoever gives it work then wakes this word (futex).
-   * Readers order their own store before the load of it with a seq_cst fence. */
+  /* 1 while the NIC sleeps or is about to: whoever gives it work then raises and wakes a bell: an app
+   * the one of its endpoint, a NIC the one of the door.  Readers order their own store before the load
+   * of it with a seq_cst fence. */
   _Alignas(VMMC_LINE) _Atomic uint32_t asleep;
   _Alignas(VMMC_LINE) struct vmmc_nic_counters counters; /* all of the node, endpoints gone included */
   _Alignas(VMMC_LINE) struct vmmc_app_counters retired;  /* of endpoints that are gone */
@@ -411,6 +415,7 @@ struct vmmc_pub { /* writer: NIC */
 /* Written by all NICs: bit i set: look at the link with node i. */
 struct vmmc_door {
   _Alignas(VMMC_LINE) _Atomic uint64_t summary;
+  _Atomic uint32_t bell; /* as vmmc_app_header.bell */
   _Alignas(VMMC_LINE) _Atomic uint64_t link[VMMC_NODES_MAX / 64];
 };
 

@@ -8,11 +8,11 @@
 
 static volatile sig_atomic_t pending;
 
-/* The daemon wrote, or hung up.  A NIC that is about to sleep finds its word changed and does not. */
+/* The daemon wrote, or hung up. */
 static void on_message(int signal_number) {
   (void)signal_number;
   pending = 1;
-  if (nic.pub) atomic_store(&nic.pub->asleep, 0);
+  sleep_not();
 }
 
 void control_start(int fd) {

@@ -129,8 +129,11 @@ static void link_ring(struct link *link) {
   if (!(atomic_load_explicit(word, memory_order_relaxed) & bit)) atomic_fetch_or(word, bit);
   if (!(atomic_load(&link->door->summary) & summary_bit)) atomic_fetch_or(&link->door->summary, summary_bit);
   atomic_thread_fence(memory_order_seq_cst);
-  if (link->node != nic.node && atomic_load_explicit(&link->pub->asleep, memory_order_relaxed))
-    vmmc_futex_wake(&link->pub->asleep);
+  if (link->node != nic.node && atomic_load_explicit(&link->pub->asleep, memory_order_relaxed)) {
+    /* Changed before the wake: a peer past its last look, but not yet asleep, finds it changed. */
+    atomic_fetch_add(&link->door->bell, 1);
+    vmmc_futex_wake(&link->door->bell);
+  }
 }
 
 static void link_activate(struct link *link) {

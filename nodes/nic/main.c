@@ -19,7 +19,7 @@ static volatile sig_atomic_t stop;
 static void on_stop(int signal_number) {
   (void)signal_number;
   stop = 1;
-  if (nic.pub) atomic_store(&nic.pub->asleep, 0); /* one that is about to sleep does not */
+  sleep_not();
 }
 
 static void usage(const char *problem) {
@@ -93,17 +93,6 @@ static void take_over(void) {
 
 static bool have_work(void) { return stop || control_has_work() || endpoints_have_work() || links_have_work(); }
 
-/* Sleeps until somebody wakes the word.  Announce, look again, sleep: see architecture, "Waking". */
-static void sleep_until_woken(void) {
-  atomic_store(&nic.pub->asleep, 1);
-  atomic_thread_fence(memory_order_seq_cst);
-  if (!have_work()) {
-    COUNT_NODE(sleeps, 1);
-    syscall(SYS_futex, &nic.pub->asleep, FUTEX_WAIT, 1, NULL, NULL, 0);
-  }
-  atomic_store(&nic.pub->asleep, 0);
-}
-
 int main(int count, char **argument) {
   int control = parse(count, argument);
   fcntl(control, F_SETFD, FD_CLOEXEC);
@@ -130,7 +119,7 @@ int main(int count, char **argument) {
     if (done) {
       vmmc_idle_reset(&idle);
     } else if (!vmmc_idle_poll(&idle)) {
-      sleep_until_woken();
+      sleep_until_work(have_work);
       vmmc_idle_reset(&idle);
     }
   }

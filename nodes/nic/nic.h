@@ -17,6 +17,7 @@
  *   link.c        the ordered channel to another NIC
  *   packet.h      what travels on it
  *   wake.c        waking programs
+ *   sleep.c       sleeping until somebody rings
  *   control.c     the daemon
  *   segment.c     mapping shared memory by name
  *   own.h         what the NIC must remember, in shared memory that a successor maps
@@ -249,6 +250,10 @@ enum { WAKE_READERS = 1, WAKE_WRITERS = 2, WAKE_BOTH = 3 };
 void wake_slot(struct endpoint *e, uint32_t slot, int whom);
 void wake_completion(struct endpoint *e);
 void wake_notification(struct endpoint *e);
+
+/* ---- sleep.c ---- */
+void sleep_until_work(bool (*have_work)(void));
+void sleep_not(void); /* from a signal handler: whoever is about to sleep looks again */
 
 /* ---- control.c ---- */
 void control_start(int fd);

@@ -347,8 +347,11 @@ struct endpoint *endpoint_default(void) {
 /* Wakes the NIC when it sleeps.  The store or RMW before it is ordered before this look by a fence of
  * the caller's; the NIC stores `asleep`, fences, and looks at the doorbells again. */
 static inline void wake_nic(const struct endpoint *e) {
-  if (atomic_load_explicit(&e->pub->asleep, memory_order_relaxed))
-    sys_call(SYS_futex, (long)&e->pub->asleep, FUTEX_WAKE, INT32_MAX, 0, 0, 0);
+  if (!atomic_load_explicit(&e->pub->asleep, memory_order_relaxed)) return;
+  _Atomic uint32_t *bell = &app_header(e)->bell;
+  /* Changed before the wake: a NIC that is past its last look, but not yet asleep, finds it changed. */
+  atomic_fetch_add(bell, 1);
+  sys_call(SYS_futex, (long)bell, FUTEX_WAKE, INT32_MAX, 0, 0, 0);
 }
 
 /*

@@ -1,0 +1,62 @@
+/*
+ * sleep.c: sleeping until somebody rings.
+ *
+ * Announce (pub.asleep), look at everything once more, sleep.  Who gives work stores it, then looks at the
+ * announcement, then changes its bell and wakes it.  The bells' values are read before the last look, and
+ * the kernel compares them when it puts the NIC to sleep: a ring in between is not lost.  Each program has
+ * a bell in its own segment, so that none can silence another; peers share the one in the door.
+ */
+#include <signal.h>
+#include <string.h>
+
+#include "nic.h"
+
+#ifndef SYS_futex_waitv
+#define SYS_futex_waitv 449
+#endif
+
+enum {
+  BELLS_MAX = 128,        /* that the kernel waits for at once */
+  FALLBACK_NS = 1000000,  /* looks again after so long where it cannot wait for all of them */
+};
+
+struct bell { /* struct futex_waitv of linux/futex.h, which older headers lack */
+  uint64_t value, address;
+  uint32_t flags, reserved;
+};
+
+void sleep_not(void) {
+  if (nic.door) atomic_fetch_add(&nic.door->bell, 1);
+}
+
+static void add(struct bell *bell, _Atomic uint32_t *word) {
+  enum { WORD_OF_32_BITS = 2 }; /* FUTEX2_SIZE_U32; shared between processes */
+  *bell = (struct bell){ atomic_load(word), (uint64_t)(uintptr_t)word, WORD_OF_32_BITS, 0 };
+}
+
+/* A kernel before 5.16, or more programs than it can wait for: sleep in slices. */
+static void sleep_a_slice(uint32_t door_bell) {
+  struct timespec slice = { 0, FALLBACK_NS };
+  syscall(SYS_futex, &nic.door->bell, FUTEX_WAIT, door_bell, &slice, NULL, 0);
+}
+
+void sleep_until_work(bool (*have_work)(void)) {
+  static bool old_kernel;
+  struct bell bells[BELLS_MAX];
+  uint32_t count = 0;
+  atomic_store(&nic.pub->asleep, 1);
+  atomic_thread_fence(memory_order_seq_cst);
+  add(&bells[count++], &nic.door->bell);
+  for (uint32_t i = 0; i < nic.live_count && count < BELLS_MAX; i++)
+    if (!nic.endpoint[nic.live[i]]->dying) add(&bells[count++], &app_header(nic.endpoint[nic.live[i]])->bell);
+  bool all = nic.live_count < BELLS_MAX;
+  atomic_thread_fence(memory_order_seq_cst);
+  if (!have_work()) {
+    COUNT_NODE(sleeps, 1);
+    if (!all || old_kernel)
+      sleep_a_slice((uint32_t)bells[0].value);
+    else if (syscall(SYS_futex_waitv, bells, count, 0, NULL, 0) < 0 && errno == ENOSYS)
+      old_kernel = true;
+  }
+  atomic_store(&nic.pub->asleep, 0);
+}
