@@ -22,7 +22,6 @@
 #include "check.h"
 
 static const char *self, *host, *port;
-static char *const nothing[] = {NULL};
 
 /* Every call on the descriptor says EBADF, as for one that was never open. */
 static void check_closed_to_me(int fd) {
@@ -251,7 +250,7 @@ static void vfork_and_exec(void) {
       /* In the parent's memory: what it closes must stay open in the parent. */
       close(fd);
       close_range(3, ~0u, 0);
-      execve("/bin/true", (char *[]){"true", NULL}, nothing);
+      execve("/bin/true", (char *[]){"true", NULL}, environ);
       _exit(127);
     }
     check_child(child);
@@ -266,7 +265,7 @@ static void vfork_and_dup2(void) {
   if (!child) {
     dup2(ends[1], 1);
     dup2(ends[1], fd);
-    execve("/bin/echo", (char *[]){"echo", "-n", "hello", NULL}, nothing);
+    execve("/bin/echo", (char *[]){"echo", "-n", "hello", NULL}, environ);
     _exit(127);
   }
   close(ends[1]);
@@ -284,7 +283,7 @@ static void spawn(void) {
   CHECK(posix_spawn_file_actions_addclose(&actions, fd) == 0);
   CHECK(posix_spawn_file_actions_addclosefrom_np(&actions, 3) == 0);
   pid_t child;
-  CHECK(posix_spawn(&child, "/bin/true", &actions, NULL, (char *[]){"true", NULL}, nothing) == 0);
+  CHECK(posix_spawn(&child, "/bin/true", &actions, NULL, (char *[]){"true", NULL}, environ) == 0);
   check_child(child);
   check_echo(fd, "after posix_spawn");
 }
