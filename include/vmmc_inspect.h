@@ -60,7 +60,7 @@ struct vmmc_socket_info {
   char local[64];         /* address:port, [address]:port */
   char peer[64];          /* the same, "*:*" where there is none */
   uint64_t receive_queue; /* bytes that the program has yet to read; LISTEN: connections to accept */
-  uint64_t send_queue;    /* bytes written that the peer has yet to read; LISTEN: the backlog */
+  uint64_t send_queue;    /* bytes written that the NIC has yet to send; LISTEN: the backlog */
   uint64_t received, sent; /* bytes in all */
   int32_t error;          /* errno of a dead connection, 0: none */
   int32_t pid;

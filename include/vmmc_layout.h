@@ -160,7 +160,6 @@ struct vmmc_nic_slot {
   /* line 1: transmit.  Writer: NIC. */
   _Alignas(VMMC_LINE) _Atomic uint64_t limit; /* stream position up to which the app may write */
   _Atomic uint64_t transmitted;               /* handed to the link */
-  _Atomic uint64_t peer_consumed;             /* newest known to have been read by the peer */
   _Atomic uint32_t wake_tx;                   /* changed when something that a writer, connector or
                                                  requester waits for happened and asleep_tx was set */
 

@@ -75,7 +75,6 @@ static void begin(struct endpoint *e, uint32_t slot, uint32_t generation, uint32
   /* In the app's sight this slot is not its generation's until the last store below. */
   atomic_store_explicit(&n->limit, 0, memory_order_relaxed);
   atomic_store_explicit(&n->transmitted, 0, memory_order_relaxed);
-  atomic_store_explicit(&n->peer_consumed, 0, memory_order_relaxed);
   atomic_store_explicit(&n->placed, 0, memory_order_relaxed);
   atomic_store_explicit(&n->status, 0, memory_order_relaxed);
   atomic_store_explicit(&n->redirected_post, 0, memory_order_relaxed);
@@ -672,6 +671,12 @@ void connection_recover(struct endpoint *e, uint32_t slot) {
   work->slot = slot;
   work->work.transmit = connection_transmit;
   if (c->state == CONNECTION_NONE) return;
+  /* Killed between two stores: of data the app's view is stored first, of accept entries the NIC's own. */
+  _Atomic uint64_t *placed = &nic_slot(e, slot)->placed;
+  if (c->state == CONNECTION_LISTENING)
+    atomic_store_explicit(placed, c->placed, memory_order_release);
+  else
+    c->placed = atomic_load_explicit(placed, memory_order_relaxed);
   struct redirection r = redirection_of_slot(e, slot);
   redirect_recover(&r, c->placed);
   if (c->state != CONNECTION_IDLE && c->state != CONNECTION_LISTENING) connection_retell(e, slot);

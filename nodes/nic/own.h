@@ -41,7 +41,6 @@ struct connection {
   uint32_t binding;             /* index + 1 in node_state.binding, 0: none */
   uint64_t transmitted;         /* bytes handed to the link */
   uint64_t far_limit;           /* position up to which the peer takes bytes */
-  uint64_t far_consumed;
   uint64_t placed;              /* bytes in the default buffer or redirected; listening: entries × 8 */
   uint64_t consumed;            /* newest checked value of the app's */
   uint64_t told;                /* limit told to the peer */

@@ -242,7 +242,7 @@ static void socket_fill(const struct vmmc_app_slot *app, const struct vmmc_nic_s
   uint64_t written = atomic_load_explicit(&app->written, memory_order_relaxed);
   uint64_t consumed = atomic_load_explicit(&app->consumed, memory_order_relaxed);
   uint64_t placed = atomic_load_explicit(&nic->placed, memory_order_relaxed);
-  uint64_t peer_consumed = atomic_load_explicit(&nic->peer_consumed, memory_order_relaxed);
+  uint64_t transmitted = atomic_load_explicit(&nic->transmitted, memory_order_relaxed);
   uint32_t shut = atomic_load_explicit(&app->shut, memory_order_relaxed);
   snprintf(s->state, sizeof s->state, "%s", state_name(state, status, shut));
   address_text(&nic->local, s->local, sizeof s->local);
@@ -253,9 +253,9 @@ static void socket_fill(const struct vmmc_app_slot *app, const struct vmmc_nic_s
     s->receive_queue /= sizeof(struct vmmc_accept_entry);
     s->send_queue = app->backlog;
   } else {
-    s->send_queue = queued(written, peer_consumed);
+    s->send_queue = queued(written, transmitted);
     s->received = placed;
-    s->sent = atomic_load_explicit(&nic->transmitted, memory_order_relaxed);
+    s->sent = transmitted;
   }
 }
 
