@@ -153,6 +153,14 @@ class Cluster:
             return self._relays[node]
 
 
+    def forget_relay(self, node: int, control: socket.socket) -> None:
+        """That relay is gone: the next connection starts another."""
+        with self._relays_lock:
+            if self._relays.get(node) is control:
+                del self._relays[node]
+                control.close()
+
+
 class Node:
     """One node of a cluster."""
 
@@ -268,29 +276,42 @@ class Node:
         It is a real socket, of the family AF_UNIX: a relay on the node joins it with a connection to the
         port.  Raises what connecting raises (ConnectionRefusedError, …); TimeoutError after `timeout` seconds.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        answer, answerer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, answer, answerer:
+        for _ in range(2):  # the second time with a new relay, should somebody have killed the first
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                control = self.cluster.relay_of(self.index)
-                request = json.dumps({"port": port}).encode()
-                socket.send_fds(control, [request], [theirs.fileno(), answerer.fileno()])
-                answerer.close()
-                answer.settimeout(timeout)
-                said = answer.recv(4096)
-            except TimeoutError:
-                ours.close()
-                raise TimeoutError(f"no connection to {self.name} port {port} within {timeout} s") from None
+                with theirs:
+                    said = self._ask_relay(port, theirs, timeout)
             except OSError:
                 ours.close()
                 raise
+            if said is None:
+                ours.close()
+                continue
+            if said:
+                ours.close()
+                raise OSError(said, f"{self.name} port {port}: {os.strerror(said)}")
+            return ours
+        raise ConnectionAbortedError(f"the relay on {self.name} ends at once: cluster.logs() says why")
+
+    def _ask_relay(self, port: int, theirs: socket.socket, timeout: float | None) -> int | None:
+        """Lets the relay join a socket with a port: errno, 0: done, None: there is no relay (any more)."""
+        control = self.cluster.relay_of(self.index)
+        answer, answerer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with answer:
+            try:
+                with answerer:
+                    request = json.dumps({"port": port}).encode()
+                    socket.send_fds(control, [request], [theirs.fileno(), answerer.fileno()])
+                answer.settimeout(timeout)
+                said = answer.recv(4096)
+            except TimeoutError:
+                raise TimeoutError(f"no connection to {self.name} port {port} within {timeout} s") from None
+            except (BrokenPipeError, ConnectionResetError):
+                said = b""
         if not said:
-            ours.close()
-            raise ConnectionAbortedError(f"the relay on {self.name} ended; the cluster's logs say why")
-        if code := json.loads(said)["errno"]:
-            ours.close()
-            raise OSError(code, f"{self.name} port {port}: {os.strerror(code)}")
-        return ours
+            self.cluster.forget_relay(self.index, control)
+            return None
+        return int(json.loads(said)["errno"])
 
     def wait_for_port(self, port: int, timeout: float = 10.0) -> None:
         """Returns when a program on this node listens on the port; TimeoutError when none does in time."""
