@@ -17,20 +17,24 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vmmc_emu.cluster import Cluster
+# Every pytest run of the environment loads this module; the rest of the package waits until a test uses it.
+if TYPE_CHECKING:
+    from vmmc_emu.cluster import Cluster
 
-ClusterFactory = Callable[..., Cluster]
+ClusterFactory = Callable[..., "Cluster"]
 
-_CLUSTERS = pytest.StashKey[list[Cluster]]()
+_CLUSTERS = pytest.StashKey["list[Cluster]"]()
 
 
 @pytest.fixture
 def vmmc_cluster(request: pytest.FixtureRequest) -> Iterator[ClusterFactory]:
     """Makes clusters: ``vmmc_cluster(nodes=4)`` takes what `Cluster` takes and returns it started."""
+    from vmmc_emu.cluster import Cluster  # noqa: PLC0415
+
     with contextlib.ExitStack() as stack:
         clusters = request.node.stash.setdefault(_CLUSTERS, [])
 
