@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 
 #include "nic.h"
@@ -64,8 +65,13 @@ static void recover(struct endpoint *e) {
 }
 
 void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid) {
+  struct endpoint *known = endpoint_find(index, serial);
+  if (known) { /* found by a successor in `pub` before the daemon told it again */
+    known->pid = pid;
+    return;
+  }
   if (index >= VMMC_ENDPOINTS_MAX || nic.endpoint[index]) {
-    if (!endpoint_find(index, serial)) log_event("error", "endpoint %u is taken", index);
+    log_event("error", "endpoint %u is taken", index);
     return;
   }
   struct endpoint *e = calloc(1, sizeof *e);
@@ -117,6 +123,8 @@ void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd) {
   }
   if (e->waker[number] >= 0) close(e->waker[number]);
   e->waker[number] = fd;
+  /* Its thread may sleep since before the predecessor's death: it looks again. */
+  eventfd_write(fd, 1);
   /* Its thread may be asleep already, and an event may have come before this: it looks again. */
   uint64_t one = 1;
   (void)!write(fd, &one, sizeof one);

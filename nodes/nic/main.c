@@ -88,7 +88,13 @@ static void take_over(void) {
   /* Peers that see the new number repeat what the predecessor may have left unanswered. */
   atomic_fetch_add(&pub->incarnation, 1);
   pub->magic = VMMC_MAGIC;
-  if (atomic_load(&pub->incarnation) > 1) links_recover();
+  if (atomic_load(&pub->incarnation) == 1) return;
+  /* Endpoints before links: a packet for one that is not there yet would be answered with a reset. */
+  for (uint32_t index = 0; index < VMMC_ENDPOINTS_MAX; index++) {
+    uint32_t serial = atomic_load(&pub->endpoint[index]);
+    if (serial) endpoint_attach(index, serial, 0);
+  }
+  links_recover();
 }
 
 static bool have_work(void) { return stop || control_has_work() || endpoints_have_work() || links_have_work(); }
