@@ -1,301 +1,19 @@
 /*
- * connection.c: a socket's life: its slot, bind, listen, accept, connect, close.
+ * connection.c: how a socket gets its connection: bind, listen, accept, connect, and shutdown.
  *
- * A socket is made without anything in shared memory.  bind, listen and connect take an active slot;
- * accept adopts the passive slot that the NIC filled.  The last reference gives the slot back: the NIC
- * delivers what was written, ends the connection and says VMMC_FREE, after which the slot is used again.
- *
- * Sockets lie in a pool whose memory is never unmapped, so that a stale pointer to one (from the event
- * ring, from a thread that lost a race with close) can always be read, and its references looked at.
+ * bind, listen and connect are requests to the NIC, which answers in the slot.  The outcome of a connect
+ * comes later: CONNECTED, or an error, in the slot's status.
  */
 #include "connection.h"
 
 #include <errno.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "address.h"
+#include "slot.h"
 #include "sys.h"
 
-enum {
-  POOL_CHUNK = 64 * 1024,
-  REAP_LOOKS = 8,     /* closed slots that are looked at when one is needed */
-  BACKLOG_MAX = 4096, /* net.core.somaxconn */
-  SLOTS_PER_PAGE = VMMC_PAGE / sizeof(struct vmmc_app_slot),
-};
-
-/* ---- the pool of sockets ---- */
-
-static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct vsocket *pool_free;
-static _Atomic uint32_t forks; /* of this process, so far */
-
-/* Called with pool_lock held. */
-static bool pool_grow(void) {
-  char *chunk = mmap(NULL, POOL_CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (chunk == MAP_FAILED) return false;
-  for (size_t at = 0; at + sizeof(struct vsocket) <= POOL_CHUNK; at += sizeof(struct vsocket)) {
-    struct vsocket *s = (struct vsocket *)(chunk + at);
-    /* Once for the memory's life: a stale pointer may still meet these locks. */
-    pthread_mutex_init(&s->send_lock, NULL);
-    pthread_mutex_init(&s->receive_lock, NULL);
-    pthread_mutex_init(&s->control_lock, NULL);
-    s->next_free = pool_free;
-    pool_free = s;
-  }
-  return true;
-}
-
-static void before_fork(void);
-static void after_fork(void);
-static void after_fork_in_parent(void);
-
-static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork); }
-
-struct vsocket *socket_new(int family) {
-  static pthread_once_t once = PTHREAD_ONCE_INIT;
-  pthread_once(&once, watch_forks);
-  pthread_mutex_lock(&pool_lock);
-  struct vsocket *s = pool_free || pool_grow() ? pool_free : NULL;
-  if (s) pool_free = s->next_free;
-  pthread_mutex_unlock(&pool_lock);
-  if (!s) return NULL;
-
-  s->next_free = NULL;
-  s->family = family;
-  s->endpoint = NULL;
-  s->slot = s->generation = 0;
-  s->receive_timeout_ns = s->send_timeout_ns = 0;
-  s->receive_buffer = s->send_buffer = 0;
-  s->linger_s = -1;
-  s->forks = atomic_load_explicit(&forks, memory_order_relaxed);
-  s->bind_flags = s->flags = 0;
-  s->error = 0;
-  s->error_taken = 0;
-  s->watch = 0;
-  s->readiness = NULL;
-  memset(&s->local, 0, sizeof s->local);
-  memset(&s->peer, 0, sizeof s->peer);
-  s->bound = s->control_busy = s->redirecting = false;
-  s->closing = s->ended = s->shut = s->local_asleep = 0;
-  s->request = 0;
-  s->low_water = 1;
-  s->rung = s->outstanding = s->full_at = 0;
-  memset(s->kept, 0, sizeof s->kept);
-  s->phase = SOCKET_NEW;
-  /* release: socket_of_slot may look at the references of a socket that it found stale */
-  atomic_store_explicit(&s->references, 1, memory_order_release);
-  return s;
-}
-
-void socket_hold(struct vsocket *s) { atomic_fetch_add_explicit(&s->references, 1, memory_order_relaxed); }
-
-/* A reference, unless nobody has one any more. */
-static bool try_hold(struct vsocket *s) {
-  uint32_t n = atomic_load_explicit(&s->references, memory_order_relaxed);
-  while (n)
-    if (atomic_compare_exchange_weak_explicit(&s->references, &n, n + 1, memory_order_acquire, memory_order_relaxed))
-      return true;
-  return false;
-}
-
-/* ---- slots ---- */
-
-struct closed_slot {
-  uint32_t slot, generation;
-};
-
-/* An endpoint's slots.  Private memory, zero where never used; everything under `lock` but memory[]. */
-struct slots {
-  pthread_mutex_t lock;
-  uint32_t fresh;                              /* active slots below this were used before */
-  uint32_t free_count;                         /* of free[], last freed first */
-  uint32_t closed_head, closed_count;          /* of closed[], a ring */
-  uint64_t spare_bytes;                        /* ring bytes that slots out of use keep */
-  uint16_t free[VMMC_ACTIVE_SLOTS];
-  uint8_t page_committed[VMMC_SLOTS / SLOTS_PER_PAGE];
-  struct closed_slot closed[VMMC_SLOTS];       /* given back, not yet seen VMMC_FREE */
-  struct slot_memory memory[VMMC_SLOTS];
-};
-
-static pthread_mutex_t slots_making = PTHREAD_MUTEX_INITIALIZER;
-
-static struct slots *slots_of(struct endpoint *e) {
-  /* acquire: pairs with the release below */
-  return atomic_load_explicit((_Atomic(void *) *)&e->sockets, memory_order_acquire);
-}
-
-static struct slots *slots_make(struct endpoint *e) {
-  struct slots *made = slots_of(e);
-  if (made) return made;
-  pthread_mutex_lock(&slots_making);
-  made = slots_of(e);
-  if (!made) {
-    made = mmap(NULL, sizeof *made, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (made == MAP_FAILED) {
-      made = NULL;
-    } else {
-      pthread_mutex_init(&made->lock, NULL);
-      atomic_store_explicit((_Atomic(void *) *)&e->sockets, made, memory_order_release);
-    }
-  }
-  pthread_mutex_unlock(&slots_making);
-  return made;
-}
-
-struct slot_memory *slot_memory(struct endpoint *e, uint32_t slot) { return &slots_of(e)->memory[slot]; }
-
-/* A fork must find these locks free: its child may open sockets of its own. */
-static void before_fork(void) {
-  pthread_mutex_lock(&slots_making);
-  pthread_mutex_lock(&pool_lock);
-}
-
-static void after_fork(void) {
-  pthread_mutex_unlock(&pool_lock);
-  pthread_mutex_unlock(&slots_making);
-}
-
-static void after_fork_in_parent(void) {
-  atomic_fetch_add_explicit(&forks, 1, memory_order_relaxed);
-  after_fork();
-}
-
-/* Both halves of a slot lie in pages that are there.  Called with the lock held. 0 or -ENOBUFS. */
-static int commit_slot(struct endpoint *e, struct slots *slots, uint32_t slot) {
-  uint8_t *committed = &slots->page_committed[slot / SLOTS_PER_PAGE];
-  if (*committed) return 0;
-  int error = endpoint_commit(app_slot(e, slot), sizeof(struct vmmc_app_slot), true);
-  if (!error) error = endpoint_commit(nic_slot(e, slot), sizeof(struct vmmc_nic_slot), false);
-  if (!error) *committed = 1;
-  return error;
-}
-
-/* The slot is out of use: its ring's pages wait for the next user, or go back when many wait. */
-static void keep_or_return_ring(struct endpoint *e, struct slots *slots, uint32_t slot) {
-  struct slot_memory *memory = &slots->memory[slot];
-  if (!memory->committed) return;
-  if (slots->spare_bytes + memory->committed > SPARE_RINGS_BYTES &&
-      madvise(transmit_ring(e, slot), VMMC_RING, MADV_REMOVE) == 0) {
-    memory->committed = 0;
-    return;
-  }
-  memory->spare = true;
-  slots->spare_bytes += memory->committed;
-}
-
-static void take_ring(struct slots *slots, uint32_t slot) {
-  struct slot_memory *memory = &slots->memory[slot];
-  if (!memory->spare) return;
-  memory->spare = false;
-  slots->spare_bytes -= memory->committed;
-}
-
-/* Looks at a few slots that were given back: has the NIC done with them?  In turn, so that one which
- * lingers does not hide those behind it.  Called with the lock held. */
-static void reap(struct endpoint *e, struct slots *slots) {
-  uint32_t looks = slots->closed_count < REAP_LOOKS ? slots->closed_count : REAP_LOOKS;
-  for (; looks; looks--) {
-    struct closed_slot entry = slots->closed[slots->closed_head];
-    slots->closed_head = (slots->closed_head + 1) % VMMC_SLOTS;
-    slots->closed_count--;
-    struct slot_memory *memory = &slots->memory[entry.slot];
-    if (memory->generation != entry.generation) continue; /* a passive one that was accepted into again */
-    const struct vmmc_nic_slot *n = nic_slot(e, entry.slot);
-    bool active = entry.slot < VMMC_ACTIVE_SLOTS;
-    /* The state first (acquire pairs with the NIC's release): a passive slot moves on by itself. */
-    bool free = atomic_load_explicit(&n->state, memory_order_acquire) == VMMC_FREE;
-    bool same = atomic_load_explicit(&n->generation, memory_order_acquire) == entry.generation;
-    if (active ? free && same : free || !same) {
-      keep_or_return_ring(e, slots, entry.slot);
-      if (active) slots->free[slots->free_count++] = (uint16_t)entry.slot;
-    } else {
-      slots->closed[(slots->closed_head + slots->closed_count++) % VMMC_SLOTS] = entry;
-    }
-  }
-}
-
-/* Our half of a slot, empty; `generation` last, which makes it count. */
-static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint32_t generation) {
-  struct vmmc_app_slot *a = app_slot(e, slot);
-  atomic_store_explicit(&a->written, 0, memory_order_relaxed);
-  atomic_store_explicit(&a->shut, 0, memory_order_relaxed);
-  atomic_store_explicit(&a->asleep_tx, 0, memory_order_relaxed);
-  atomic_store_explicit(&a->consumed, 0, memory_order_relaxed);
-  atomic_store_explicit(&a->asleep_rx, 0, memory_order_relaxed);
-  atomic_store_explicit(&a->post, 0, memory_order_relaxed);
-  atomic_store_explicit(&a->receive_window, s->receive_buffer, memory_order_relaxed);
-  s->endpoint = e;
-  s->slot = slot;
-  s->request = atomic_load_explicit(&a->request, memory_order_relaxed); /* counts on from its last user */
-  s->rung = s->outstanding = 0;
-  s->full_at = 0;
-  s->error_taken = 0;
-  struct slot_memory *memory = slot_memory(e, slot);
-  memory->generation = generation;
-  atomic_store_explicit(&memory->socket, s, memory_order_release);
-  /* release: the NIC that sees the generation sees the rest */
-  atomic_store_explicit(&a->generation, generation, memory_order_release);
-  s->generation = generation;
-  atomic_store(&a->watch, atomic_load(&s->watch));
-}
-
-/* Takes an active slot.  Called by the one thread that has the control of s. 0 or -errno. */
-static int take_slot(struct vsocket *s) {
-  if (s->generation) return 0;
-  struct endpoint *e = endpoint_default();
-  if (!e) return -errno;
-  struct slots *slots = slots_make(e);
-  if (!slots) return -ENOMEM;
-  pthread_mutex_lock(&slots->lock);
-  reap(e, slots);
-  int error = 0;
-  uint32_t slot = 0, generation = 0;
-  if (!slots->free_count && slots->fresh == VMMC_ACTIVE_SLOTS) {
-    error = -ENOBUFS;
-  } else {
-    slot = slots->free_count ? slots->free[slots->free_count - 1] : slots->fresh;
-    error = commit_slot(e, slots, slot);
-  }
-  if (!error) {
-    if (slots->free_count)
-      slots->free_count--;
-    else
-      slots->fresh++;
-    take_ring(slots, slot);
-    generation = slots->memory[slot].generation + 1;
-    if (!generation) generation = 1;
-  }
-  pthread_mutex_unlock(&slots->lock);
-  if (!error) fill_slot(s, e, slot, generation);
-  return error;
-}
-
-/* The slot goes back to the NIC.  Nobody uses it through s any more. */
-static void give_slot_back(struct vsocket *s) {
-  struct slots *slots = slots_of(s->endpoint);
-  atomic_store_explicit(&slots->memory[s->slot].socket, NULL, memory_order_release);
-  pthread_mutex_lock(&slots->lock);
-  /* A passive slot waits here only for its ring's pages, and may stand here several times: it never takes
-   * the room that the active ones need. */
-  if (s->slot < VMMC_ACTIVE_SLOTS || slots->closed_count < VMMC_SLOTS - VMMC_ACTIVE_SLOTS)
-    slots->closed[(slots->closed_head + slots->closed_count++) % VMMC_SLOTS] =
-        (struct closed_slot){ s->slot, s->generation };
-  reap(s->endpoint, slots);
-  pthread_mutex_unlock(&slots->lock);
-}
-
-struct vsocket *socket_of_slot(struct endpoint *e, uint32_t slot) {
-  struct slots *slots = slots_of(e);
-  if (!slots || slot >= VMMC_SLOTS) return NULL;
-  _Atomic(struct vsocket *) *place = &slots->memory[slot].socket;
-  struct vsocket *s = atomic_load_explicit(place, memory_order_acquire);
-  if (!s || !try_hold(s)) return NULL;
-  /* Between the look and the hold it may have become another socket: then it is not there any more. */
-  if (atomic_load_explicit(place, memory_order_acquire) == s) return s;
-  socket_release(s);
-  return NULL;
-}
+enum { BACKLOG_MAX = 4096 }; /* net.core.somaxconn */
 
 /* ---- where a connection stands ---- */
 
@@ -440,7 +158,7 @@ static struct vmmc_address wildcard(int family) {
 }
 
 static int bind_slot(struct vsocket *s, const struct vmmc_address *local) {
-  int error = take_slot(s);
+  int error = slot_take(s);
   if (error) return error;
   post_request(s, VMMC_REQUEST_BIND, local, NULL, 0, 0);
   error = await_answer(s);
@@ -478,7 +196,7 @@ int socket_bind(struct vsocket *s, const struct sockaddr *address, socklen_t len
 }
 
 static int listen_slot(struct vsocket *s, int backlog) {
-  int error = take_slot(s);
+  int error = slot_take(s);
   if (error) return error;
   struct vmmc_address local = s->bound ? s->local : wildcard(s->family);
   post_request(s, VMMC_REQUEST_LISTEN, &local, NULL, 0, backlog);
@@ -529,7 +247,6 @@ static void inherit(struct vsocket *s, const struct vsocket *listener) {
 /* Takes the first waiting connection into `accepted`.  -EAGAIN: none waits.  receive_lock is held. */
 static int accept_one(struct vsocket *s, struct vsocket *accepted) {
   struct endpoint *e = s->endpoint;
-  struct slots *slots = slots_of(e);
   struct vmmc_app_slot *a = app_slot(e, s->slot);
   for (;;) {
     if (atomic_load(&s->phase) != SOCKET_LISTENING) return -EINVAL;
@@ -538,16 +255,8 @@ static int accept_one(struct vsocket *s, struct vsocket *accepted) {
     struct vmmc_accept_entry entry;
     memcpy(&entry, default_buffer(e, s->slot) + consumed % VMMC_RING, sizeof entry);
     if (entry.slot >= VMMC_ACTIVE_SLOTS && entry.slot < VMMC_SLOTS) {
-      pthread_mutex_lock(&slots->lock);
-      reap(e, slots);
-      int error = commit_slot(e, slots, entry.slot);
-      if (!error) {
-        take_ring(slots, entry.slot);
-        slots->memory[entry.slot].generation = entry.generation;
-      }
-      pthread_mutex_unlock(&slots->lock);
+      int error = slot_adopt(accepted, e, entry);
       if (error) return error; /* it goes on waiting */
-      fill_slot(accepted, e, entry.slot, entry.generation);
       learn_addresses(accepted);
       atomic_store_explicit(&accepted->phase, SOCKET_CONNECTED, memory_order_release);
       endpoint_ring_slot(e, entry.slot);
@@ -613,7 +322,7 @@ static void abandon(struct vsocket *s, uint32_t bits) {
   if (s->generation) {
     atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
     endpoint_ring_slot(s->endpoint, s->slot);
-    give_slot_back(s);
+    slot_give_back(s);
   }
   s->generation = 0;
   s->shut = 0;
@@ -638,7 +347,7 @@ static int connect_begin(struct vsocket *s, const struct sockaddr *address, sock
     case ROUTE_NODE: break;
   }
   if (address_is_wildcard(&peer)) address_loopback(&peer);
-  error = take_slot(s);
+  error = slot_take(s);
   if (error) return error;
   struct vmmc_address local = source_for(s, &peer, node);
   post_request(s, VMMC_REQUEST_CONNECT, &local, &peer, node, 0);
@@ -755,60 +464,4 @@ int socket_shutdown(struct vsocket *s, int how) {
   pthread_mutex_unlock(&s->send_lock);
   connection_wake_local(s);
   return 0;
-}
-
-/* ---- close ---- */
-
-static bool delivered(void *context) {
-  struct vsocket *s = context;
-  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
-  uint32_t state = atomic_load_explicit(&n->state, memory_order_acquire);
-  return state == VMMC_FREE || state == VMMC_DEAD ||
-         atomic_load_explicit(&n->generation, memory_order_acquire) != s->generation;
-}
-
-/* SO_LINGER: until the NIC has nothing left to deliver, or the time is over. */
-static void linger(struct vsocket *s) {
-  struct wait_word words[CONNECTION_WORDS];
-  int count = connection_words(s, false, words);
-  wait_until(words, count, delivered, s, connection_deadline((uint64_t)s->linger_s * 1000000000u), true);
-}
-
-static void end(struct vsocket *s) {
-  if (atomic_exchange(&s->ended, 1) || !s->generation) return;
-  if (!connection_usable(s)) return; /* a child of fork: the parent's connection goes on */
-  uint32_t bits = VMMC_CLOSED;
-  if (s->linger_s == 0 && connection_view(s).connected) bits |= VMMC_ABORT;
-  if (s->forks != atomic_load_explicit(&forks, memory_order_relaxed)) bits |= VMMC_FORKED;
-  atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
-  endpoint_ring_slot(s->endpoint, s->slot);
-  if (s->linger_s > 0 && connection_view(s).connected) linger(s);
-  give_slot_back(s);
-}
-
-int socket_close(struct vsocket *s) {
-  atomic_store(&s->closing, 1);
-  /* Threads in calls on it keep it open, as they do on Linux; the last one's release ends it. */
-  if (atomic_load(&s->references) == 1) end(s);
-  return 0;
-}
-
-void socket_release(struct vsocket *s) {
-  /* Ended before the count falls to 0: from then on the memory may be another socket's. */
-  uint32_t n = atomic_load_explicit(&s->references, memory_order_acquire);
-  do {
-    if (n == 1) end(s);
-  } while (!atomic_compare_exchange_weak_explicit(&s->references, &n, n - 1, memory_order_acq_rel, memory_order_acquire));
-  if (n != 1) return;
-  pthread_mutex_lock(&pool_lock);
-  s->next_free = pool_free;
-  pool_free = s;
-  pthread_mutex_unlock(&pool_lock);
-}
-
-/* ---- readiness groups ---- */
-
-void socket_set_watch(struct vsocket *s, uint64_t groups) {
-  atomic_store(&s->watch, groups);
-  if (s->generation && connection_usable(s)) atomic_store(&app_slot(s->endpoint, s->slot)->watch, groups);
 }

@@ -1,21 +1,8 @@
-/* connection.h: what connection.c, stream.c and options.c share. */
+/* connection.h: what the files of the socket layer share. */
 #ifndef VMMC_CONNECTION_H
 #define VMMC_CONNECTION_H
 
 #include "socket.h"
-
-/* Rings of slots that are out of use keep their pages up to this many bytes in all, for the next user. */
-enum { SPARE_RINGS_BYTES = 4 << 20 };
-
-/* What the library remembers of a slot, beside the shared memory.  Private to this process. */
-struct slot_memory {
-  _Atomic(struct vsocket *) socket; /* who holds it */
-  uint32_t generation;              /* of its last holder */
-  uint32_t committed;               /* bytes of the transmit ring that are allocated (send_lock, or slots lock) */
-  uint64_t redirections;            /* generations of redirections given out (receive_lock) */
-  bool spare;                       /* out of use, and `committed` counts among the spare bytes */
-};
-struct slot_memory *slot_memory(struct endpoint *e, uint32_t slot);
 
 /* False once the endpoint is not this process's: the socket was inherited across fork (EBADF). */
 static inline bool connection_usable(const struct vsocket *s) {

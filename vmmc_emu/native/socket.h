@@ -6,8 +6,10 @@
  * signal.  All are thread-safe: a send in one thread, a receive in a second and a close in a third
  * are what users do.  Only connection set-up, bind and listen ask the NIC and wait for its answer.
  *
- *   connection.c   slots, bind, listen, accept, connect, close
- *   stream.c       send, receive, shutdown, redirection of receives into the heap, readiness
+ *   socket.c       socket, references, close
+ *   slot.c         slots of the endpoint: taken, adopted, given back
+ *   connection.c   bind, listen, accept, connect, shutdown
+ *   stream.c       send, receive, redirection of receives into the heap, readiness
  *   options.c      getsockopt, setsockopt, names, FIONREAD and its like
  */
 #ifndef VMMC_SOCKET_H
@@ -45,7 +47,7 @@ struct vsocket {
   _Atomic uint64_t watch;                       /* wake groups, as stored in the slot */
   void *readiness;                              /* private to the readiness layer (epoll items) */
 
-  /* connection.c, stream.c and options.c; see connection.h for what they share */
+  /* private to this layer; connection.h says what its files share */
   struct vsocket *next_free;          /* in the pool of unused sockets */
   struct vmmc_address local, peer;    /* own address once bound or connected, the peer's once connected */
   uint32_t forks;                     /* of this process when the socket was made */

@@ -22,6 +22,7 @@
 
 #include "connection.h"
 #include "heap.h"
+#include "slot.h"
 #include "sys.h"
 
 enum {

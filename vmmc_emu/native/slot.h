@@ -1,0 +1,34 @@
+/* slot.h: the slots of an endpoint, as sockets take them and give them back. */
+#ifndef VMMC_SLOT_H
+#define VMMC_SLOT_H
+
+#include "socket.h"
+
+/* What the library remembers of a slot, beside the shared memory.  Private to this process. */
+struct slot_memory {
+  _Atomic(struct vsocket *) socket; /* who holds it */
+  uint32_t generation;              /* of its last holder */
+  uint32_t committed;               /* bytes of the transmit ring that are allocated (the holder's send_lock) */
+  uint64_t redirections;            /* generations of redirections given out (the holder's receive_lock) */
+  bool spare;                       /* out of use, and `committed` counts among the spare bytes */
+};
+struct slot_memory *slot_memory(struct endpoint *e, uint32_t slot);
+
+/* Takes an active slot of this process's endpoint, which it attaches first when need be.  0 (also when s
+ * has one) or -errno.  Called by the one thread that has the control of s. */
+int slot_take(struct vsocket *s);
+
+/* Makes s the holder of a passive slot, which the NIC filled.  0 or -ENOBUFS. */
+int slot_adopt(struct vsocket *s, struct endpoint *e, struct vmmc_accept_entry entry);
+
+/* The slot goes back to the NIC, which was told.  Nobody uses it through s any more. */
+void slot_give_back(struct vsocket *s);
+
+/* The socket that holds the slot now, without a reference: only socket_of_slot may take one. */
+struct vsocket *slot_holder(struct endpoint *e, uint32_t slot);
+
+/* A fork must find the lock free: its child may open sockets of its own. */
+void slots_before_fork(void);
+void slots_after_fork(void);
+
+#endif
