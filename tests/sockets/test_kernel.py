@@ -136,7 +136,7 @@ def test_published_port(two_nodes: Cluster) -> None:
         free.bind(("127.0.0.1", 0))
         host_port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vmmc_emu.cli", "--cluster", two_nodes.name, "run", "--node", "1",
+        sys.executable, "-P", "-m", "vmmc_emu.cli", "--cluster", two_nodes.name, "run", "--node", "1",
         "--publish", f"{host_port}:8080", "--", sys.executable, "-u", "-m", "http.server", "8080",
     ]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -64,19 +64,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@pytest.fixture(scope="module")
+def http_server_on_node0(eight_nodes: Cluster, files: Path) -> Iterator[None]:
+    with serving(eight_nodes.node(0), http_server(8000), 8000, files):
+        yield
+
+
 @needs("curl", "sha256sum")
+@pytest.mark.usefixtures("http_server_on_node0")
 class TestHttp:
     """python3 -m http.server on one node and curl from the seven others."""
-
-    @pytest.fixture(scope="class")
-    def server(self, eight_nodes: Cluster, files: Path) -> Iterator[None]:
-        with serving(eight_nodes.node(0), http_server(8000), 8000, files):
-            yield
 
     @pytest.mark.parametrize(
         "name", [pytest.param(name, marks=[pytest.mark.large] if name == "large" else []) for name in SIZES]
     )
-    def test_curl(self, name: str, eight_nodes: Cluster, files: Path, server: None) -> None:
+    def test_curl(self, name: str, eight_nodes: Cluster, files: Path) -> None:
         expected = sha256(files / name)
         before = eight_nodes.counters()
         fetch = ["sh", "-c", 'curl -sSf "$0" | sha256sum', f"http://node0:8000/{name}"]
@@ -92,7 +94,7 @@ class TestHttp:
             node = f"node{i}"
             assert after[node]["bytes_received"] - before[node]["bytes_received"] >= SIZES[name]
 
-    def test_ipv6_and_numbers(self, eight_nodes: Cluster, files: Path, server: None) -> None:
+    def test_ipv6_and_numbers(self, eight_nodes: Cluster, files: Path) -> None:
         for host in ("198.18.0.1", "node0"):
             got = eight_nodes.node(3).run(
                 ["curl", "-sSf", f"http://{host}:8000/byte"], capture_output=True, timeout=30, check=True
@@ -128,24 +130,16 @@ def test_same_port_on_all_eight_nodes(eight_nodes: Cluster, tmp_path: Path) -> N
             assert psutil.Process(server.pid).net_connections("tcp") == []
 
 
-@needs("redis-server", "redis-cli")
-class TestRedis:
-    @pytest.fixture(scope="class")
-    def server(self, eight_nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-        command = [
-            "redis-server",
-            "--port",
-            "6379",
-            "--bind",
-            "0.0.0.0",
-            "--protected-mode",
-            "no",
-            "--save",
-            "",
-        ]
-        with serving(eight_nodes.node(2), command, 6379, tmp_path_factory.mktemp("redis")):
-            yield
+@pytest.fixture(scope="module")
+def redis_on_node2(eight_nodes: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    command = ["redis-server", "--port", "6379", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""]
+    with serving(eight_nodes.node(2), command, 6379, tmp_path_factory.mktemp("redis")):
+        yield
 
+
+@needs("redis-server", "redis-cli")
+@pytest.mark.usefixtures("redis_on_node2")
+class TestRedis:
     def cli(self, cluster: Cluster, node: int, *words: str, input: str | None = None) -> str:
         command = ["redis-cli", "-h", "node2", *words]
         done = cluster.node(node).run(
@@ -154,18 +148,18 @@ class TestRedis:
         out: str = done.stdout
         return out
 
-    def test_values_across_nodes(self, eight_nodes: Cluster, server: None) -> None:
+    def test_values_across_nodes(self, eight_nodes: Cluster) -> None:
         for i in range(8):
             assert self.cli(eight_nodes, i, "set", f"key{i}", f"value of node{i}") == "OK\n"
         for i in range(8):
             assert self.cli(eight_nodes, i, "get", f"key{7 - i}") == f"value of node{7 - i}\n"
 
-    def test_large_value(self, eight_nodes: Cluster, server: None) -> None:
+    def test_large_value(self, eight_nodes: Cluster) -> None:
         value = "0123456789abcdef" * 65536
         assert self.cli(eight_nodes, 5, "-x", "set", "large", input=value) == "OK\n"
         assert self.cli(eight_nodes, 6, "get", "large") == value + "\n"
 
-    def test_a_pipeline_of_commands(self, eight_nodes: Cluster, server: None) -> None:
+    def test_a_pipeline_of_commands(self, eight_nodes: Cluster) -> None:
         commands = "".join(f"set pipelined{i} {i}\r\n" for i in range(20000))
         answer = self.cli(eight_nodes, 7, "--pipe", input=commands)
         assert "errors: 0, replies: 20000" in answer
