@@ -352,8 +352,9 @@ def _line_writer(width: int) -> Callable[[int, bytes, bool], None]:
         prefix = f"{names.node_name(node):<{width}} | "
         if stream.isatty() and not os.environ.get("NO_COLOR"):
             prefix = click.style(prefix, fg=_COLOURS[node % len(_COLOURS)])
-        stream.buffer.write(prefix.encode() + line)
-        stream.buffer.flush()
+        data = memoryview(prefix.encode() + line)
+        while data:  # a signal (a program's end, say) cuts a write short
+            data = data[os.write(stream.fileno(), data) :]
 
     return write
 

@@ -1,0 +1,298 @@
+"""Daemons and the supervisor: attaching, cleaning up after programs, coming back after a death."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from vmmc_emu import Cluster
+
+Segments = Callable[[str], list[str]]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with Cluster(nodes=2) as cluster:
+        yield cluster
+
+
+def until(condition: Callable[[], Any], what: object = "") -> Any:
+    """Waits until something is so."""
+    deadline = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what() if callable(what) else what
+    return found
+
+
+def endpoints(cluster: Cluster, segments: Segments, node: int) -> set[str]:
+    """Serials of the endpoints that have segments on a node."""
+    marker = f".{cluster.node(node).name}.ep"
+    return {name.split(marker)[1].split(".")[0] for name in segments(cluster.name) if marker in name}
+
+
+LISTEN = "import socket; l = socket.create_server(('', 9100)); print('ready', flush=True)"
+
+
+def test_a_program_without_stream_sockets_does_not_attach(cluster: Cluster, segments: Segments) -> None:
+    code = "import socket; socket.socket(socket.AF_UNIX); socket.socket(type=socket.SOCK_DGRAM); print('done')"
+    assert cluster.node(0).run([sys.executable, "-c", code]).stdout == "done\n"
+    assert "attached" not in cluster.node(0).logs()
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "pass",
+        "import os; os._exit(0)",
+        "import os; os.kill(os.getpid(), 9)",
+        "import os; os.execvp('sleep', ['sleep', '600'])",
+    ],
+)
+def test_everything_is_freed_when_a_program_ends_or_calls_exec(
+    cluster: Cluster, segments: Segments, end: str
+) -> None:
+    before = segments(cluster.name)
+    code = f"{LISTEN}; input(); {end}"
+    with cluster.node(0).popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdin is not None
+        assert program.stdout.readline() == "ready\n"
+        assert len(endpoints(cluster, segments, 0)) == 1
+        program.stdin.write("\n")
+        program.stdin.flush()
+        until(lambda: not endpoints(cluster, segments, 0), cluster.logs)
+        assert segments(cluster.name) == before
+        assert [s for s in cluster.node(0).sockets() if s.state == "LISTEN"] == []
+        program.kill()
+    # The port is free again.
+    again = cluster.node(0).run([sys.executable, "-c", LISTEN])
+    assert (again.stdout, again.stderr) == ("ready\n", "")
+
+
+def test_a_child_that_stays_does_not_keep_the_endpoint(cluster: Cluster, segments: Segments) -> None:
+    code = f"{LISTEN}; import os; child = os.fork() or os.execvp('sleep', ['sleep', '600']); print(child, flush=True)"
+    with cluster.node(0).popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        child = int(program.stdout.readline())
+        until(lambda: not endpoints(cluster, segments, 0), cluster.logs)
+        os.kill(child, signal.SIGKILL)
+
+
+def test_what_was_sent_before_the_end_is_delivered(cluster: Cluster) -> None:
+    def receive() -> int:
+        with socket.create_server(("", 9101)) as listener:
+            connection, _ = listener.accept()
+            total = 0
+            while chunk := connection.recv(65536):
+                total += len(chunk)
+            return total
+
+    receiver = cluster.node(1).submit(receive)
+    cluster.node(1).wait_for_port(9101)
+    code = (
+        "import os, socket\n"
+        "c = socket.create_connection(('node1', 9101))\n"
+        "c.sendall(bytes(3_000_000))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    assert cluster.node(0).run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert receiver.result(timeout=30) == 3_000_000
+
+
+def test_indices_are_used_again_and_serials_are_not(cluster: Cluster) -> None:
+    for _ in range(3):
+        assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
+    log = until(lambda: (text := cluster.node(0).logs()).count("endpoint 0, left") + text.count("endpoint 0, ended") == 3 and text)
+    attached = [line.split("as endpoint ")[1].split(":")[0] for line in log.splitlines() if "attached" in line]
+    assert attached == ["0, serial 1", "0, serial 2", "0, serial 3"]
+
+
+def test_nonsense_on_the_socket_harms_nobody(cluster: Cluster) -> None:
+    path = str(cluster.place.socket(0))
+    for message in (b"x", b"\0" * 16, struct.pack("4I", 0x636D6D76, 1, 99, 0), struct.pack("4I", 0x636D6D76, 1, 2, 0)):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(path)
+            connection.send(message)
+            assert connection.recv(100) == b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:  # of a future version
+        connection.connect(path)
+        connection.send(struct.pack("4I", 0x636D6D76, 999, 1, 0))
+        magic, error = struct.unpack_from("Ii", connection.recv(100))
+        assert (magic, error) == (0x636D6D76, 71)  # EPROTO
+    assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_another_user_gets_nowhere(cluster: Cluster, segments: Segments) -> None:
+    path = str(cluster.place.socket(0))
+    names = [f"/dev/shm/{name}" for name in segments(cluster.name)]
+    code = (
+        "import socket, sys\n"
+        "for path in sys.argv[2:]:\n"
+        "    try: open(path, 'rb'); print('opened', path)\n"
+        "    except PermissionError: pass\n"
+        "try: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).connect(sys.argv[1]); print('connected')\n"
+        "except PermissionError: print('refused')\n"
+    )
+    done = subprocess.run(
+        ["/usr/bin/env", "python3", "-c", code, path, *names], user=65534, group=65534, extra_groups=[],
+        capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"no Python that another user can run: {done.stderr.splitlines()[-1:]}")
+    assert done.stdout == "refused\n"
+
+
+def test_a_nic_that_is_killed_comes_back(cluster: Cluster) -> None:
+    before = cluster.status()["nodes"]
+    os.kill(before[0]["nic_pid"], signal.SIGKILL)
+    until(
+        lambda: (now := cluster.status()["nodes"])[0]["nic_pid"] not in (None, before[0]["nic_pid"])
+        and now[0]["state"] == "up"
+    )
+    until(lambda: f"NIC {cluster.status()['nodes'][0]['nic_pid']} is ready" in cluster.logs(), cluster.logs)
+    now = cluster.status()["nodes"]
+    assert (now[0]["daemon_pid"], now[1]) == (before[0]["daemon_pid"], before[1])
+    assert f"NIC {before[0]['nic_pid']} was ended by SIGKILL" in cluster.logs()
+    assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
+
+
+def test_a_nic_that_dies_again_and_again_is_not_restarted_in_a_storm(cluster: Cluster) -> None:
+    killed = set()
+    for _ in range(4):
+        pid = until(lambda: (now := cluster.status()["nodes"][0]["nic_pid"]) not in killed and now)
+        killed.add(pid)
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: "a successor starts in 0.1 s" in cluster.logs(), cluster.logs)
+    assert until(lambda: cluster.status()["nodes"][0]["state"] == "up")
+
+
+def test_a_daemon_that_is_killed_has_a_successor(cluster: Cluster, segments: Segments) -> None:
+    """Connections go on meanwhile; what was attached is still freed, and new programs attach."""
+
+    def echo() -> None:
+        with socket.create_server(("", 9102)) as listener:
+            connection, _ = listener.accept()
+            while data := connection.recv(65536):
+                connection.sendall(data)
+
+    server = cluster.node(0).submit(echo)
+    cluster.node(0).wait_for_port(9102)
+    code = (
+        "import socket, sys\n"
+        "c = socket.create_connection(('node0', 9102))\n"
+        "for line in sys.stdin:\n"
+        "    c.sendall(line.encode()); print(c.recv(100).decode(), end='', flush=True)\n"
+    )
+    client = cluster.node(1).popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert client.stdin is not None
+    assert client.stdout is not None
+
+    def exchange(text: str) -> None:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        client.stdin.write(text)
+        client.stdin.flush()
+        assert client.stdout.readline() == text
+
+    exchange("before\n")
+    before = cluster.status()["nodes"]
+    for node in before:
+        os.kill(node["daemon_pid"], signal.SIGKILL)
+    exchange("meanwhile\n")
+    until(lambda: cluster.logs().count("daemon takes over") == 2, cluster.logs)
+    exchange("after\n")
+    now = cluster.status()["nodes"]
+    assert [node["nic_pid"] for node in now] == [node["nic_pid"] for node in before]
+    assert not {node["daemon_pid"] for node in now} & {node["daemon_pid"] for node in before}
+    assert {node["state"] for node in now} == {"up"}
+    other = cluster.node(0).run([sys.executable, "-c", LISTEN])
+    assert (other.stdout, other.stderr) == ("ready\n", "")
+    client.communicate(timeout=20)
+    server.result(timeout=20)
+    until(lambda: not endpoints(cluster, segments, 0) | endpoints(cluster, segments, 1), cluster.logs)
+    assert "serial 2" in cluster.node(0).logs()
+
+
+def test_daemon_and_nic_killed_together_come_back(cluster: Cluster) -> None:
+    node = cluster.status()["nodes"][0]
+    os.kill(node["daemon_pid"], signal.SIGSTOP)
+    os.kill(node["nic_pid"], signal.SIGKILL)
+    os.kill(node["daemon_pid"], signal.SIGKILL)
+    until(
+        lambda: (now := cluster.status()["nodes"][0])["state"] == "up"
+        and now["nic_pid"] != node["nic_pid"]
+        and now["daemon_pid"] != node["daemon_pid"]
+    )
+    assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
+
+
+def test_memory_of_a_node() -> None:
+    """Under 12 MB of private memory a node: daemon and NIC."""
+    with Cluster(nodes=16) as cluster:
+        for node in cluster.status()["nodes"]:
+            private = 0
+            for pid in (node["daemon_pid"], node["nic_pid"]):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Private_"):
+                        private += int(line.split()[1]) * 1024
+            assert private < 12_000_000
+
+
+def test_an_idle_cluster_uses_no_cpu(cluster: Cluster) -> None:
+    """With a listening program and an idle connection on it."""
+    status = cluster.status()
+    found = [psutil.Process(n[key]) for n in status["nodes"] for key in ("daemon_pid", "nic_pid")]
+    found.append(psutil.Process(status["supervisor_pid"]))
+    with cluster.node(0).popen(
+        [sys.executable, "-c", LISTEN + "; import time; c = l.accept(); time.sleep(600)"],
+        stdout=subprocess.PIPE, text=True,
+    ) as server, cluster.node(1).popen(
+        [sys.executable, "-c", "import socket, time; c = socket.create_connection(('node0', 9100)); print(1, flush=True); time.sleep(600)"],
+        stdout=subprocess.PIPE, text=True,
+    ) as client:  # fmt: skip
+        for program in (server, client):
+            assert program.stdout is not None
+            program.stdout.readline()
+            found.append(psutil.Process(program.pid))
+
+        def switches() -> list[tuple[float, int]]:
+            return [(sum(p.cpu_times()[:2]), p.num_ctx_switches().voluntary) for p in found]
+
+        # What it does while it comes to rest ends soon; nothing may wake after that.
+        until(lambda: switches() == (time.sleep(2), switches())[1], "somebody is awake")
+        server.kill()
+        client.kill()
+
+
+def test_programs_of_a_node_are_ended_by_pid_not_by_name(cluster: Cluster) -> None:
+    """A process outside that looks like a program of the cluster is left alone."""
+    bystander = subprocess.Popen(["sleep", "600"], env={**os.environ, "VMMC_CLUSTER": cluster.name})
+    program = cluster.node(0).popen(["sleep", "600"])
+    cluster.stop()
+    assert program.wait(10) == -signal.SIGTERM
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_record_files_are_json(cluster: Cluster) -> None:
+    kinds = {json.loads(path.read_text())["kind"] for path in cluster.place.processes.iterdir()}
+    assert kinds == {"supervisor", "daemon", "nic"}
