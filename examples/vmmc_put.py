@@ -34,8 +34,9 @@ with (
     redirection = inbox.redirect(elsewhere[:1000], offset=200)
     target.send(letter[:6], 200)
     result = redirection.end()
-    print(f"redirected: [{result.start}, {result.stop}) to another address: {bytes(elsewhere[: len(result)])!r}")
+    print(f"redirected: [{result.start}, {result.stop}) elsewhere: {bytes(elsewhere[: len(result)])!r}")
     assert bytes(inbox.memory[200:206]) == bytes(6)
 
     counters = cluster.node(0).counters()
-    print({name: counters[name] for name in ("bytes_received", "bytes_redirected", "bytes_default", "notifications")})
+    shown = ("bytes_received", "bytes_redirected", "bytes_default", "notifications")
+    print({name: counters[name] for name in shown})

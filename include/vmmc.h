@@ -130,12 +130,13 @@ VMMC_API int vmmc_unimport(struct vmmc_endpoint *endpoint, uint32_t import_id);
  * After ETIMEDOUT or EINTR it is still under way: the data may yet arrive, and vmmc_free says EBUSY until
  * it is over.
  */
-VMMC_API int vmmc_send(struct vmmc_endpoint *endpoint, uint32_t import_id, const void *source, uint64_t length,
-                       uint64_t remote_offset, uint32_t flags, uint32_t tag, int timeout_ms);
+VMMC_API int vmmc_send(struct vmmc_endpoint *endpoint, uint32_t import_id, const void *source,
+                       uint64_t length, uint64_t remote_offset, uint32_t flags, uint32_t tag,
+                       int timeout_ms);
 
 /* The other way round: copies the imported buffer's [remote_offset, + length) to `destination`. */
-VMMC_API int vmmc_fetch(struct vmmc_endpoint *endpoint, uint32_t import_id, void *destination, uint64_t length,
-                        uint64_t remote_offset, int timeout_ms);
+VMMC_API int vmmc_fetch(struct vmmc_endpoint *endpoint, uint32_t import_id, void *destination,
+                        uint64_t length, uint64_t remote_offset, int timeout_ms);
 
 /*
  * The same without waiting: they return a transfer (> 0) to be given to vmmc_wait, or -1.  A transfer
@@ -174,7 +175,8 @@ VMMC_API int vmmc_notification(struct vmmc_endpoint *endpoint, int export_id, st
  * runs all handlers of this endpoint, one at a time.  NULL: no more; on return none runs any more, unless
  * the caller is that handler itself. */
 typedef void vmmc_handler(const struct vmmc_notice *notice, void *context);
-VMMC_API int vmmc_on_notification(struct vmmc_endpoint *endpoint, int export_id, vmmc_handler *handler, void *context);
+VMMC_API int vmmc_on_notification(struct vmmc_endpoint *endpoint, int export_id, vmmc_handler *handler,
+                                  void *context);
 
 /* ---- redirection ---- */
 
@@ -208,7 +210,8 @@ VMMC_API int vmmc_redirect_wait(struct vmmc_endpoint *endpoint, int export_id, u
                                 struct vmmc_redirected *redirected, int timeout_ms);
 
 /* Ends it.  On return nothing is written to the destination any more, and *redirected is final. */
-VMMC_API int vmmc_redirect_end(struct vmmc_endpoint *endpoint, int export_id, struct vmmc_redirected *redirected);
+VMMC_API int vmmc_redirect_end(struct vmmc_endpoint *endpoint, int export_id,
+                               struct vmmc_redirected *redirected);
 
 #ifdef __cplusplus
 }

@@ -53,7 +53,8 @@ struct vmmc_endpoint_info {
   int32_t pid;               /* as the program says */
   char command[20];
 };
-VMMC_API int vmmc_endpoints(const char *cluster, uint32_t node, struct vmmc_endpoint_info *endpoints, int most);
+VMMC_API int vmmc_endpoints(const char *cluster, uint32_t node, struct vmmc_endpoint_info *endpoints,
+                            int most);
 
 struct vmmc_socket_info {
   char state[12];         /* as ss names them: LISTEN, SYN-SENT, ESTAB, FIN-WAIT, CLOSE-WAIT, … */

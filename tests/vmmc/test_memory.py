@@ -9,22 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from vmmc_emu import Endpoint
+from vmmc_emu import Cluster, Endpoint
 from vmmc_emu._native import ffi, lib
+
+Attach = Callable[..., Endpoint]
 
 PAGE = 4096
 TIMEOUT_MS = 20_000
 
 
 @pytest.fixture
-def endpoint(bench) -> Endpoint:  # type: ignore[no-untyped-def]
+def endpoint(attach: Attach) -> Endpoint:
     """An endpoint on node 0."""
-    return bench.attach(0)
+    return attach(0)
 
 
-def committed(bench, endpoint: Endpoint) -> int:  # type: ignore[no-untyped-def]
+def committed(cluster: Cluster, endpoint: Endpoint) -> int:
     """Bytes of an endpoint's segment that take memory."""
-    name = f"vmmc.{os.getuid()}.{bench.cluster.name}.node{endpoint.node}.ep{endpoint.serial}.app"
+    name = f"vmmc.{os.getuid()}.{cluster.name}.node{endpoint.node}.ep{endpoint.serial}.app"
     return (Path("/dev/shm") / name).stat().st_blocks * 512
 
 
@@ -37,17 +39,17 @@ def test_is_zeroed_and_aligned(endpoint: Endpoint) -> None:
         buffer[:] = b"x" * length  # the next one finds zeros where this was
 
 
-def test_is_committed_at_once_and_given_back(bench, endpoint: Endpoint) -> None:  # type: ignore[no-untyped-def]
-    before = committed(bench, endpoint)
+def test_is_committed_at_once_and_given_back(cluster: Cluster, endpoint: Endpoint) -> None:
+    before = committed(cluster, endpoint)
     buffer = endpoint.alloc(1 << 20)
-    assert committed(bench, endpoint) - before == 1 << 20
+    assert committed(cluster, endpoint) - before == 1 << 20
     part = buffer[5:10]
     del buffer
     gc.collect()
-    assert committed(bench, endpoint) - before == 1 << 20  # a view of it lives
+    assert committed(cluster, endpoint) - before == 1 << 20  # a view of it lives
     del part
     gc.collect()
-    assert committed(bench, endpoint) == before
+    assert committed(cluster, endpoint) == before
 
 
 def test_freed_memory_is_used_again(endpoint: Endpoint) -> None:
@@ -112,8 +114,8 @@ def test_any_sequence_of_allocations(endpoint: Endpoint, pattern: Callable[[int]
 # ---- the UTLB ----
 
 
-def test_pages_stay_pinned_until_the_room_is_wanted(bench) -> None:  # type: ignore[no-untyped-def]
-    receiver, sender = bench.attach(0), bench.attach(1, 8 * PAGE)
+def test_pages_stay_pinned_until_the_room_is_wanted(attach: Attach) -> None:
+    receiver, sender = attach(0), attach(1, 8 * PAGE)
     receiver.export(receiver.alloc(64 * PAGE), "buffer")
     target = sender.import_(0, "buffer", timeout_ms=TIMEOUT_MS)
     pages = [sender.alloc(PAGE) for _ in range(9)]
@@ -132,23 +134,21 @@ def test_pages_stay_pinned_until_the_room_is_wanted(bench) -> None:  # type: ign
     assert send(1) == (10, 2)
 
 
-def test_exports_count_towards_the_bound_and_stay(bench) -> None:  # type: ignore[no-untyped-def]
-    endpoint = bench.attach(0, 8 * PAGE)
+def test_exports_count_towards_the_bound_and_stay(attach: Attach) -> None:
+    endpoint = attach(0, 8 * PAGE)
     first = endpoint.export(endpoint.alloc(5 * PAGE), "first")
     with pytest.raises(OSError, match="VMMC_PIN_BYTES"):
         endpoint.export(endpoint.alloc(4 * PAGE), "second")
     assert endpoint.pinned().in_use_bytes == 5 * PAGE
     second = endpoint.export(endpoint.alloc(3 * PAGE), "second")
-    target = bench.attach(1).export
-    assert target is not None
     with pytest.raises(OSError, match="VMMC_PIN_BYTES"):  # nothing is left to redirect to
         first.redirect(endpoint.alloc(1))
     second.unexport()
     first.redirect(endpoint.alloc(1)).end()
 
 
-def test_a_transfer_without_room_fails_and_later_works(bench) -> None:  # type: ignore[no-untyped-def]
-    receiver, sender = bench.attach(0), bench.attach(1, 4 * PAGE)
+def test_a_transfer_without_room_fails_and_later_works(attach: Attach) -> None:
+    receiver, sender = attach(0), attach(1, 4 * PAGE)
     receiver.export(receiver.alloc(PAGE), "buffer")
     target = sender.import_(0, "buffer", timeout_ms=TIMEOUT_MS)
     hog = sender.export(sender.alloc(4 * PAGE), "hog")
@@ -159,28 +159,28 @@ def test_a_transfer_without_room_fails_and_later_works(bench) -> None:  # type: 
     target.send(source, timeout_ms=TIMEOUT_MS)
 
 
-def test_the_nic_counts_hits_misses_and_evictions(bench) -> None:  # type: ignore[no-untyped-def]
-    receiver, sender = bench.attach(0), bench.attach(1)
+def test_the_nic_counts_hits_misses_and_evictions(attach: Attach, cluster: Cluster) -> None:
+    receiver, sender = attach(0), attach(1)
     receiver.export(receiver.alloc(PAGE), "buffer")
     target = sender.import_(0, "buffer", timeout_ms=TIMEOUT_MS)
     source = sender.alloc(PAGE)
-    before = bench.counters(1)
+    before = cluster.node(1).counters()
     for _ in range(10):
         target.send(source, timeout_ms=TIMEOUT_MS)
-    after = bench.counters(1)
+    after = cluster.node(1).counters()
     assert after["utlb_misses"] - before["utlb_misses"] == 1
     assert after["utlb_hits"] - before["utlb_hits"] == 9
     # More pages than the NIC has places for.
     large = sender.alloc(32 << 20)
     for at in range(0, len(large), PAGE):
         target.post_send(large[at : at + 1]).wait(TIMEOUT_MS)
-    assert bench.counters(1)["utlb_evictions"] > 0
+    assert cluster.node(1).counters()["utlb_evictions"] > 0
 
 
 @pytest.mark.parametrize("nonsense", ["", "x", "-1", "12", "1e9"])
 def test_nonsense_in_the_environment(
-    bench, nonsense: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]  # type: ignore[no-untyped-def]
+    attach: Attach, nonsense: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VMMC_PIN_BYTES", nonsense)
-    assert bench.attach(0).pinned().limit_bytes == 64 << 20
+    assert attach(0).pinned().limit_bytes == 64 << 20
     assert capfd.readouterr().err.count("\n") == (1 if nonsense else 0)

@@ -5,22 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 
 import vmmc_emu
-from vmmc_emu import Endpoint
+from vmmc_emu import Cluster, Endpoint
 from vmmc_emu._native import ffi, lib
 from vmmc_emu.vmmc import READ, WRITE
 
+Attach = Callable[..., Endpoint]
+
 PAGE = 4096
 TIMEOUT_MS = 20_000
-
-
-@pytest.fixture
-def ends(bench) -> tuple[Endpoint, Endpoint]:  # type: ignore[no-untyped-def]
-    """Endpoints on node 0 and on node 1."""
-    return bench.attach(0), bench.attach(1)
 
 
 def test_no_import_without_an_export(ends: tuple[Endpoint, Endpoint]) -> None:
@@ -31,12 +28,12 @@ def test_no_import_without_an_export(ends: tuple[Endpoint, Endpoint]) -> None:
             ends[1].import_(0, number, timeout_ms=TIMEOUT_MS)
 
 
-def test_no_send_without_an_import(ends: tuple[Endpoint, Endpoint], bench) -> None:  # type: ignore[no-untyped-def]
+def test_no_send_without_an_import(ends: tuple[Endpoint, Endpoint], cluster: Cluster) -> None:
     receiver, sender = ends
     buffer = receiver.alloc(PAGE)
     receiver.export(buffer, "buffer")
     target = sender.import_(0, "buffer", timeout_ms=TIMEOUT_MS)
-    before = bench.counters(1)["commands_rejected"]
+    before = cluster.node(1).counters()["commands_rejected"]
     source = sender.alloc(PAGE)
     source[:4] = b"evil"
     for number in (target.id + 1, 1023, 1024, 2**32 - 1):
@@ -45,10 +42,10 @@ def test_no_send_without_an_import(ends: tuple[Endpoint, Endpoint], bench) -> No
             target.send(source, timeout_ms=TIMEOUT_MS)
         target.id = honest
     assert bytes(buffer) == bytes(PAGE)
-    assert bench.counters(1)["commands_rejected"] == before + 4
+    assert cluster.node(1).counters()["commands_rejected"] == before + 4
 
 
-def test_an_export_for_one_node_is_not_for_another(vmmc_cluster) -> None:  # type: ignore[no-untyped-def]
+def test_an_export_for_one_node_is_not_for_another(vmmc_cluster: Callable[..., Cluster]) -> None:
     cluster = vmmc_cluster(nodes=3)
     with (
         vmmc_emu.attach(0, cluster.name) as receiver,
@@ -63,10 +60,10 @@ def test_an_export_for_one_node_is_not_for_another(vmmc_cluster) -> None:  # typ
         assert export.arrived().sends == 1
 
 
-def test_an_import_is_of_use_to_its_endpoint_alone(ends: tuple[Endpoint, Endpoint], bench) -> None:  # type: ignore[no-untyped-def]
+def test_an_import_is_of_use_to_its_endpoint_alone(ends: tuple[Endpoint, Endpoint], attach: Attach) -> None:
     ends[0].export(ends[0].alloc(PAGE), "buffer")
     target = ends[1].import_(0, "buffer", timeout_ms=TIMEOUT_MS)
-    neighbour = bench.attach(1)
+    neighbour = attach(1)
     source = neighbour.alloc(1)
     sent = lib.vmmc_send(
         neighbour._attachment.pointer, target.id, ffi.from_buffer(source.view), 1, 0, 0, 0, TIMEOUT_MS
@@ -99,8 +96,8 @@ def test_permissions_that_do_not_exist(ends: tuple[Endpoint, Endpoint], permissi
     [(0, 5001), (5000, 1), (4999, 2), (2**64 - 1, 1), (2**64 - 1, 2), (2**64 - 4096, 4097), (2**63, 2**12)],
 )
 @pytest.mark.parametrize("pin_bytes", [None, 2 * PAGE])  # in one piece, and cut into many
-def test_outside_the_bounds(bench, offset: int, length: int, pin_bytes: int | None) -> None:  # type: ignore[no-untyped-def]
-    receiver, sender = bench.attach(0), bench.attach(1, pin_bytes)
+def test_outside_the_bounds(attach: Attach, offset: int, length: int, pin_bytes: int | None) -> None:
+    receiver, sender = attach(0), attach(1, pin_bytes)
     around = receiver.alloc(3 * PAGE)
     receiver.export(around[:5000], "buffer", permissions=READ | WRITE)
     target = sender.import_(0, "buffer", timeout_ms=TIMEOUT_MS)
@@ -157,13 +154,17 @@ def test_after_the_exporter_has_gone(ends: tuple[Endpoint, Endpoint]) -> None:
     target = sender.import_(0, "buffer", timeout_ms=TIMEOUT_MS)
     receiver.detach()
     memory = sender.alloc(1)
-    with pytest.raises(ConnectionResetError):
+
+    def send_on() -> None:
         while True:  # the daemon hears of it a moment later
             target.send(memory, timeout_ms=TIMEOUT_MS)
 
+    with pytest.raises(ConnectionResetError):
+        send_on()
 
-def test_names(ends: tuple[Endpoint, Endpoint], bench) -> None:  # type: ignore[no-untyped-def]
-    receiver, neighbour = ends[0], bench.attach(0)
+
+def test_names(ends: tuple[Endpoint, Endpoint], attach: Attach) -> None:
+    receiver, neighbour = ends[0], attach(0)
     longest = "n" * 32
     receiver.export(receiver.alloc(1), longest)
     assert ends[1].import_(0, longest, timeout_ms=TIMEOUT_MS).length == 1
@@ -178,13 +179,13 @@ def test_names(ends: tuple[Endpoint, Endpoint], bench) -> None:  # type: ignore[
             receiver.export(receiver.alloc(1), bad)
 
 
-def test_nodes_that_do_not_exist(ends: tuple[Endpoint, Endpoint], bench) -> None:  # type: ignore[no-untyped-def]
+def test_nodes_that_do_not_exist(ends: tuple[Endpoint, Endpoint], attach: Attach, cluster: Cluster) -> None:
     with pytest.raises(OSError, match="no such node"):
         ends[0].import_(7, "buffer", timeout_ms=TIMEOUT_MS)
     with pytest.raises(OSError, match="no such node"):
         ends[0].export(ends[0].alloc(1), "buffer", node=7)
     with pytest.raises(OSError, match="no such node"):
-        vmmc_emu.attach(2, bench.cluster.name)
+        vmmc_emu.attach(2, cluster.name)
     with pytest.raises(FileNotFoundError, match="not up"):
         vmmc_emu.attach(0, "no-such-cluster")
     with pytest.raises(OSError, match="does not run on a node"):

@@ -14,29 +14,32 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmmc_emu import Endpoint
+from vmmc_emu import Cluster, Endpoint
 from vmmc_emu.vmmc import Buffer, Export, Import, Redirected, Redirection
 
 SIZE = 256 * 1024
 PAGE = 4096
 TIMEOUT_MS = 20_000
 
+Attach = Callable[..., Endpoint]
 Pattern = Callable[[int], bytes]
 
 
 class Line:
     """An export on node 0 and its import on node 1, with what is needed to send into it."""
 
-    def __init__(self, bench, size: int = SIZE, pin_bytes: int | None = None) -> None:  # type: ignore[no-untyped-def]
-        self.bench = bench
+    def __init__(
+        self, cluster: Cluster, attach: Attach, size: int = SIZE, pin_bytes: int | None = None
+    ) -> None:
+        self.cluster = cluster
         self.size = size
-        self.receiver: Endpoint = bench.attach(0)
-        self.sender: Endpoint = bench.attach(1, pin_bytes)
+        self.receiver: Endpoint = attach(0)
+        self.sender: Endpoint = attach(1, pin_bytes)
         self.buffer: Buffer = self.receiver.alloc(size)
         self.inbox: Export = self.receiver.export(self.buffer, "inbox")
         self.target: Import = self.sender.import_(0, "inbox", timeout_ms=TIMEOUT_MS)
         self.source: Buffer = self.sender.alloc(size)
-        self._before = bench.counters(0)
+        self._before = cluster.node(0).counters()
 
     def send(self, data: bytes, offset: int) -> None:
         """Sends, and returns when the bytes are in place."""
@@ -50,7 +53,7 @@ class Line:
         self.inbox = self.receiver.export(self.buffer, "inbox")
         self.target.unimport()
         self.target = self.sender.import_(0, "inbox", timeout_ms=TIMEOUT_MS)
-        self._before = self.bench.counters(0)
+        self._before = self.cluster.node(0).counters()
 
     def redirected(self) -> int:
         """Bytes that the NIC has placed at posted addresses since the beginning."""
@@ -61,13 +64,13 @@ class Line:
         return self._since("bytes_default")
 
     def _since(self, name: str) -> int:
-        return int(self.bench.counters(0)[name] - self._before[name])
+        return int(self.cluster.node(0).counters()[name] - self._before[name])
 
 
 @pytest.fixture
-def line(bench) -> Line:  # type: ignore[no-untyped-def]
+def line(attach: Attach, cluster: Cluster) -> Line:
     """A line between two nodes."""
-    return Line(bench)
+    return Line(cluster, attach)
 
 
 @pytest.mark.parametrize("length", [1, 63, PAGE, PAGE + 1, 100_000, SIZE])
@@ -94,10 +97,10 @@ def test_posted_after_the_message(line: Line, pattern: Pattern) -> None:
     assert (line.redirected(), line.default()) == (0, SIZE)
 
 
-def test_posted_in_the_middle_of_a_message(bench, pattern: Pattern) -> None:  # type: ignore[no-untyped-def]
+def test_posted_in_the_middle_of_a_message(attach: Attach, cluster: Cluster, pattern: Pattern) -> None:
     # With 64 KiB pinned at most, a send goes in pieces of 32 KiB, which follow each other only while the
     # sender waits: its second part is held back until the redirection is posted.
-    line = Line(bench, pin_bytes=64 * 1024)
+    line = Line(cluster, attach, pin_bytes=64 * 1024)
     message = pattern(SIZE)
     line.source[:] = message
     transfer = line.target.post_send(line.source.view, notify=True, tag=5)
@@ -120,9 +123,9 @@ def test_posted_in_the_middle_of_a_message(bench, pattern: Pattern) -> None:  # 
     assert (notice.offset, notice.length, notice.tag, notice.node) == (0, SIZE, 5, 1)
 
 
-def test_posted_at_any_moment_of_a_long_message(bench, pattern: Pattern) -> None:  # type: ignore[no-untyped-def]
+def test_posted_at_any_moment_of_a_long_message(attach: Attach, cluster: Cluster, pattern: Pattern) -> None:
     size = 8 << 20
-    line = Line(bench, size)
+    line = Line(cluster, attach, size)
     destination = line.receiver.alloc(size)
     sent = redirected = 0
     for _ in range(20):
@@ -151,11 +154,11 @@ def test_ended_before_anything_arrived(line: Line, pattern: Pattern) -> None:
     assert bytes(line.buffer) == message
     assert bytes(destination) == bytes(SIZE)
     assert (line.redirected(), line.default()) == (0, SIZE)
-    assert line.bench.counters(0)["redirections_cancelled"] == 1
+    assert line.cluster.node(0).counters()["redirections_cancelled"] == 1
 
 
-def test_ended_in_the_middle_of_a_message(bench, pattern: Pattern) -> None:  # type: ignore[no-untyped-def]
-    line = Line(bench, pin_bytes=64 * 1024)
+def test_ended_in_the_middle_of_a_message(attach: Attach, cluster: Cluster, pattern: Pattern) -> None:
+    line = Line(cluster, attach, pin_bytes=64 * 1024)
     message = pattern(SIZE)
     destination = line.receiver.alloc(SIZE)
     redirection = line.inbox.redirect(destination)
@@ -295,7 +298,7 @@ class Model:
         return Redirected(run.start, run.stop)
 
     def send(self, data: bytes, offset: int) -> None:
-        """One ascending run: it begins inside the range, and goes on with a send that goes on where it ended."""
+        """One ascending run: it begins inside the range and goes on with what begins where it ended."""
         end = self.offset + self.length
         start = max(offset, self.offset)
         continues = start < end and (self.run is None or start == self.run.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 
@@ -13,16 +14,13 @@ from vmmc_emu.vmmc import READ, WRITE, Import
 PAGE = 4096
 TIMEOUT_MS = 20_000
 
+Attach = Callable[..., Endpoint]
 Pattern = Callable[[int], bytes]
 
 
-@pytest.fixture
-def ends(bench) -> tuple[Endpoint, Endpoint]:  # type: ignore[no-untyped-def]
-    """Endpoints on node 0 and on node 1."""
-    return bench.attach(0), bench.attach(1)
-
-
-def connect(ends: tuple[Endpoint, Endpoint], length: int, permissions: int = WRITE) -> tuple[memoryview, Import]:
+def connect(
+    ends: tuple[Endpoint, Endpoint], length: int, permissions: int = WRITE
+) -> tuple[memoryview, Import]:
     """A buffer on node 0 and node 1's import of it."""
     buffer = ends[0].alloc(length)
     ends[0].export(buffer[:length], "buffer", permissions=permissions)
@@ -57,8 +55,8 @@ def test_fetch(ends: tuple[Endpoint, Endpoint], pattern: Pattern) -> None:
     assert destination[:100] == message[777:877]
 
 
-def test_a_node_to_itself_and_to_the_same_process(bench, pattern: Pattern) -> None:  # type: ignore[no-untyped-def]
-    endpoint = bench.attach(1)
+def test_a_node_to_itself_and_to_the_same_process(attach: Attach, pattern: Pattern) -> None:
+    endpoint = attach(1)
     buffer, source = endpoint.alloc(PAGE), endpoint.alloc(PAGE)
     endpoint.export(buffer, "self")
     source[:] = message = pattern(PAGE)
@@ -80,7 +78,7 @@ def test_sends_arrive_in_the_order_in_which_they_were_given(ends: tuple[Endpoint
             target.post_send(counts[8 * i : 8 * i + 8], size),
         ]
         while struct.unpack_from("<Q", buffer, size) != (i + 1,):
-            assert not sends[0].done() or True
+            os.sched_yield()
         assert buffer[size - 1] == buffer[0] == i + 1
         for send in sends:
             send.wait(TIMEOUT_MS)
@@ -101,11 +99,9 @@ def test_many_under_way_at_once(ends: tuple[Endpoint, Endpoint]) -> None:
 def test_too_many_under_way_is_an_error_that_passes(ends: tuple[Endpoint, Endpoint]) -> None:
     _, target = connect(ends, PAGE)
     source = ends[1].alloc(PAGE)
-    transfers = []
+    transfers = [target.post_send(source[:1]) for _ in range(1024)]
     with pytest.raises(BlockingIOError, match="too many"):
-        while len(transfers) < 5000:
-            transfers.append(target.post_send(source[:1]))
-    assert len(transfers) == 1024
+        target.post_send(source[:1])
     for transfer in transfers:
         transfer.wait(TIMEOUT_MS)
     target.send(source[:1], timeout_ms=TIMEOUT_MS)
@@ -121,9 +117,9 @@ def test_a_transfer_is_done_once(ends: tuple[Endpoint, Endpoint]) -> None:
 
 
 @pytest.mark.parametrize("pin_pages", [2, 3, 16])
-def test_transfers_larger_than_what_may_be_pinned(bench, pattern: Pattern, pin_pages: int) -> None:  # type: ignore[no-untyped-def]
+def test_transfers_larger_than_what_may_be_pinned(attach: Attach, pattern: Pattern, pin_pages: int) -> None:
     size = 100 * PAGE + 17
-    ends = bench.attach(0), bench.attach(1, pin_pages * PAGE)
+    ends = attach(0), attach(1, pin_pages * PAGE)
     buffer, target = connect(ends, size, READ | WRITE)
     source, back = ends[1].alloc(size), ends[1].alloc(size)
     source[:] = message = pattern(size)
@@ -137,9 +133,9 @@ def test_transfers_larger_than_what_may_be_pinned(bench, pattern: Pattern, pin_p
     assert pinned.unpins >= 100
 
 
-def test_half_a_gigabyte(ends: tuple[Endpoint, Endpoint], monkeypatch: pytest.MonkeyPatch, bench) -> None:  # type: ignore[no-untyped-def]
+def test_half_a_gigabyte(attach: Attach) -> None:
     size = 512 << 20
-    receiver, sender = bench.attach(0, 1 << 30), ends[1]
+    receiver, sender = attach(0, 1 << 30), attach(1)
     buffer = receiver.alloc(size)
     receiver.export(buffer, "large")
     source = sender.alloc(size)
@@ -149,8 +145,8 @@ def test_half_a_gigabyte(ends: tuple[Endpoint, Endpoint], monkeypatch: pytest.Mo
     assert all(struct.unpack_from("<Q", buffer.view, at) == (at,) for at in range(0, size, 1 << 20))
 
 
-def test_timeouts_leave_the_endpoint_usable(bench) -> None:  # type: ignore[no-untyped-def]
-    receiver, sender = bench.attach(0), bench.attach(1)
+def test_timeouts_leave_the_endpoint_usable(attach: Attach) -> None:
+    receiver, sender = attach(0), attach(1)
     export = receiver.export(receiver.alloc(PAGE), "slow")
     target = sender.import_(0, "slow", timeout_ms=TIMEOUT_MS)
     source = sender.alloc(PAGE)

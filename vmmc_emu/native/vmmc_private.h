@@ -31,7 +31,7 @@ enum { PAGE_ALLOCATED = 1, PAGE_FIRST = 2, PAGE_PINNED = 4 }; /* page.flags; FIR
 enum { NO_PAGE = 0 };                                          /* links hold a page's index + 1 */
 
 struct page { /* of the heap */
-  uint32_t users;        /* exports, redirections and commands that need it pinned; such a page is in no list */
+  uint32_t users;        /* exports, redirections and commands that need it pinned: then it is in no list */
   uint32_t older, newer; /* pinned without users: neighbours in the list of those that may be unpinned */
   uint32_t flags;
   uint32_t run;          /* first and last page of an allocated or free run: its length in pages */

@@ -1,0 +1,205 @@
+"""Redirection under the stream sockets: a receive into memory of the VMMC heap needs no copy.
+
+The program, redirected_receive.c, reads when told to, so each test decides what has arrived before the
+receive is posted, and what comes after.  Streams go round the ring, its end included.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+
+import vmmc_emu
+from vmmc_emu import Cluster
+from vmmc_emu._native import lib
+from vmmc_emu.paths import native_file
+
+Pattern = Callable[[int], bytes]
+PORT = 7000
+
+
+class Reader:
+    """The program on node 0, a connection to it, and what the counters say."""
+
+    def __init__(self, cluster: Cluster, process: subprocess.Popen[bytes]) -> None:
+        self.cluster = cluster
+        self.process = process
+        cluster.node(0).wait_for_port(PORT)
+        self.before = cluster.node(0).counters()
+        self.connection = cluster.node(0).connect(PORT)
+
+    def counted(self, name: str) -> int:
+        """How much a counter of node 0 has grown since the connection was made."""
+        return self.cluster.node(0).counters()[name] - self.before[name]
+
+    def until(self, name: str, value: int) -> None:
+        """Waits until a counter has grown so far."""
+        while self.counted(name) < value:
+            ended = self.process.poll() is not None
+            assert not ended or self.counted(name) >= value, (name, self.counted(name), value)
+            os.sched_yield()
+
+    def go(self) -> None:
+        """Lets the program make its next receive."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"g")
+        self.process.stdin.flush()
+
+
+Reading = Callable[..., AbstractContextManager[Reader]]
+
+
+@pytest.fixture
+def reader(cluster: Cluster, program: Callable[..., str]) -> Reading:
+    """Starts the program: `with reader(chunk, rounds) as r`."""
+
+    @contextmanager
+    def start(chunk: int, rounds: int, *options: str) -> Iterator[Reader]:
+        directory = native_file("libvmmc.so").parent
+        path = program("redirected_receive", f"-L{directory}", "-lvmmc", f"-Wl,-rpath,{directory}")
+        with cluster.node(0).popen(
+            [path, str(PORT), str(chunk), str(rounds), *options],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as process:  # fmt: skip
+            try:
+                yield Reader(cluster, process)
+            finally:
+                process.kill()
+
+    return start
+
+
+def result(r: Reader) -> bytes:
+    """What the program read."""
+    output, errors = r.process.communicate(timeout=30)
+    assert r.process.returncode == 0, errors
+    return bytes(output)
+
+
+RING: int = lib.vmmc_layout_size(b"ring")
+# Reads of about 10,000 bytes, of which one has the ring's end in its first half, or in its second.
+CHUNKS = [next(c for c in range(10_000, 11_000, 2) if RING % c * 2 // c == half) for half in (0, 1)]
+across_the_ring = pytest.mark.parametrize("chunk", CHUNKS, ids=["in its first half", "in its second half"])
+
+
+@across_the_ring
+def test_posted_before(reader: Reading, pattern: Pattern, chunk: int) -> None:
+    sent, rounds = b"", RING // chunk + 2
+    with reader(chunk, rounds) as r:
+        for i in range(rounds):
+            r.go()
+            r.until("redirections_posted", i + 1)
+            sent += (data := pattern(chunk))
+            r.connection.sendall(data)
+            r.until("bytes_redirected", len(sent))
+        assert result(r) == sent
+        assert (r.counted("bytes_redirected"), r.counted("bytes_default")) == (len(sent), 0)
+        assert r.counted("bytes_copied") == 0
+        assert r.counted("redirections_cancelled") == 0
+
+
+@across_the_ring
+def test_posted_after(reader: Reading, pattern: Pattern, chunk: int) -> None:
+    sent, rounds = b"", RING // chunk + 2
+    with reader(chunk, rounds) as r:
+        for _ in range(rounds):
+            sent += (data := pattern(chunk))
+            r.connection.sendall(data)
+            r.until("bytes_default", len(sent))
+            r.go()
+            r.until("bytes_copied", len(sent))
+        assert result(r) == sent
+        assert (r.counted("bytes_redirected"), r.counted("bytes_default")) == (0, len(sent))
+
+
+@across_the_ring
+def test_posted_in_the_middle(reader: Reading, pattern: Pattern, chunk: int) -> None:
+    sent, half, rounds = b"", chunk // 2, RING // chunk + 2
+    with reader(chunk, rounds) as r:
+        for i in range(rounds):
+            sent += (data := pattern(chunk))
+            r.connection.sendall(data[:half])
+            r.until("bytes_default", (i + 1) * half)
+            r.go()
+            r.until("redirections_posted", i + 1)
+            r.connection.sendall(data[half:])
+            r.until("bytes_redirected", (i + 1) * half)
+        assert result(r) == sent
+        assert (r.counted("bytes_redirected"), r.counted("bytes_default")) == (len(sent) // 2, len(sent) // 2)
+        assert r.counted("bytes_copied") == len(sent) // 2
+
+
+def test_many_small_messages_into_one(reader: Reading, pattern: Pattern) -> None:
+    with reader(20_000, 2) as r:
+        sent = pattern(40_000)
+        for i in range(2):
+            r.go()
+            r.until("redirections_posted", i + 1)
+            for at in range(20_000 * i, 20_000 * (i + 1), 100):
+                r.connection.sendall(sent[at : at + 100])
+            r.until("bytes_redirected", 20_000 * (i + 1))
+        assert result(r) == sent
+        assert (r.counted("bytes_redirected"), r.counted("bytes_default")) == (40_000, 0)
+
+
+def test_longer_than_the_ring(reader: Reading, pattern: Pattern) -> None:
+    sent = pattern(3_000_000)
+    with reader(1_000_000, 3) as r:
+        for i in range(3):
+            r.go()
+            r.until("redirections_posted", i + 1)
+            r.connection.sendall(sent[1_000_000 * i : 1_000_000 * (i + 1)])
+            r.until("bytes_redirected", 1_000_000 * (i + 1))
+        assert result(r) == sent
+        assert r.counted("bytes_copied") == 0
+
+
+def test_without_any_order(reader: Reading, pattern: Pattern) -> None:
+    sent = pattern(100 * 50_000)
+    with reader(50_000, 100) as r:
+        for _ in range(100):
+            r.go()
+        r.connection.sendall(sent)
+        assert result(r) == sent
+        assert r.counted("bytes_redirected") + r.counted("bytes_default") == len(sent)
+        assert r.counted("bytes_copied") == r.counted("bytes_default")
+
+
+def test_ordinary_memory_is_not_redirected_to(reader: Reading, pattern: Pattern) -> None:
+    sent = pattern(300_000)
+    with reader(100_000, 3, "ordinary") as r:
+        for _ in range(3):
+            r.go()
+        r.connection.sendall(sent)
+        assert result(r) == sent
+        assert r.counted("redirections_posted") == 0
+        assert r.counted("bytes_copied") == len(sent)
+
+
+def receive_into_the_heap(port: int, length: int) -> tuple[bytes, int]:
+    """On a node, in Python: receives into a view of the endpoint's memory."""
+    with vmmc_emu.attach() as here, socket.create_server(("", port)) as listener:
+        buffer = here.alloc(length)
+        connection, _ = listener.accept()
+        with connection:
+            got = connection.recv_into(buffer.view, length, socket.MSG_WAITALL)
+        return bytes(buffer), got
+
+
+def test_from_python(cluster: Cluster, pattern: Pattern) -> None:
+    message = pattern(100_000)
+    receiving = cluster.node(0).submit(receive_into_the_heap, PORT, len(message))
+    cluster.node(0).wait_for_port(PORT)
+    before = cluster.node(0).counters()
+    with cluster.node(0).connect(PORT) as connection:
+        while cluster.node(0).counters()["redirections_posted"] == before["redirections_posted"]:
+            os.sched_yield()
+        connection.sendall(message)
+        assert receiving.result(30) == (message, len(message))
+    after = cluster.node(0).counters()
+    assert after["bytes_redirected"] - before["bytes_redirected"] == len(message)
