@@ -55,7 +55,9 @@ class _Commands(click.Group):
             formatter.write_dl(rows)
 
 
-def _complete_cluster(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+def _complete_cluster(
+    _context: click.Context, _parameter: click.Parameter, begun: str
+) -> list[CompletionItem]:
     found = {place.cluster for place in paths.known_clusters()}
     return [CompletionItem(name) for name in sorted(found) if name.startswith(begun)]
 
@@ -142,7 +144,9 @@ def _command(cluster: str) -> str:
 # ---- the command itself ----
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.option(
     "--cluster", metavar="NAME", shell_complete=_complete_cluster,
     help="Which cluster; VMMC_CLUSTER says it too.  [default: default]",
@@ -169,7 +173,9 @@ def main(context: click.Context, cluster: str | None) -> None:
 
 
 @main.command()
-@click.option("--nodes", type=int, default=names.NODES_DEFAULT, show_default=True, help="How many, 1 to 1024.")
+@click.option(
+    "--nodes", type=int, default=names.NODES_DEFAULT, show_default=True, help="How many, 1 to 1024."
+)
 @click.pass_obj
 @_explained
 def up(place: paths.ClusterPaths, nodes: int) -> None:
@@ -240,7 +246,9 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
         return
     click.echo(f"Cluster '{place.cluster}': {found['state']} for {_duration(found['uptime_s'])}")
     if found["state"] == "unsupervised":
-        click.echo("Its supervisor was killed: traffic goes on, but daemons that die stay dead until down and up.")
+        click.echo(
+            "Its supervisor was killed: traffic goes on, but daemons that die stay dead until down and up."
+        )
     _print(_node_table(found, with_state=True))
 
 
@@ -257,9 +265,11 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
 @click.option("--detach", is_flag=True, help="Return at once; `vmmc-emu logs` shows the output.")
 @click.option(
     "--publish", "published", multiple=True, metavar="HOST:NODE",
-    help="Let the host's port HOST lead to the program's port NODE; HOST 0: any, ADDRESS:HOST:NODE: not only 127.0.0.1.",
+    help="Lead the host's port HOST (0: any) to the program's port NODE; also ADDRESS:HOST:NODE.",
 )  # fmt: skip
-@click.option("--diagnose", is_flag=True, help="Let programs explain what fork and exec did to their sockets.")
+@click.option(
+    "--diagnose", is_flag=True, help="Let programs explain what fork and exec did to their sockets."
+)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_obj
 @_explained
@@ -332,7 +342,10 @@ def _run_detached(programs: Any, prepared: list[Any], listeners: list[Any]) -> N
     for program in prepared:
         pid, log = programs.detach(program)
         name = names.node_name(program.node)
-        click.echo(f"{name}: {program.arguments[0]} runs as pid {pid}; output: {_command(program.place.cluster)} logs --node {program.node}")
+        click.echo(
+            f"{name}: {program.arguments[0]} runs as pid {pid};"
+            f" output: {_command(program.place.cluster)} logs --node {program.node}"
+        )
         for publication, listener in listeners:
             programs.publish_detached(program, pid, publication, listener, log)
             _say_published(program, publication, listener)
@@ -341,7 +354,9 @@ def _run_detached(programs: Any, prepared: list[Any], listeners: list[Any]) -> N
 def _say_published(program: Any, publication: Any, listener: Any) -> None:
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    click.echo(f"{shown}:{port} leads to port {publication.node_port} of {names.node_name(program.node)}", err=True)
+    click.echo(
+        f"{shown}:{port} leads to port {publication.node_port} of {names.node_name(program.node)}", err=True
+    )
 
 
 def _line_writer(width: int) -> Callable[[int, bytes, bool], None]:
@@ -360,7 +375,9 @@ def _line_writer(width: int) -> Callable[[int, bytes, bool], None]:
 
 
 @main.command()
-@click.option("--node", "nodes", multiple=True, metavar="NODES", shell_complete=_complete_node, help="Only these.")
+@click.option(
+    "--node", "nodes", multiple=True, metavar="NODES", shell_complete=_complete_node, help="Only these."
+)
 @click.option("--follow", "-f", is_flag=True, help="Go on with what is added, until Ctrl-C.")
 @click.pass_obj
 @_explained
@@ -397,13 +414,24 @@ def ps(place: paths.ClusterPaths, as_json: bool, sockets: bool) -> None:
         return
     if not sockets:
         rows = [
-            [each["node"], each["pid"], _bytes(each["memory_bytes"]), f"{each['cpu_percent']:.1f}", f"{each['cpu_s']:.2f} s", each["command"]]
+            [
+                each["node"],
+                each["pid"],
+                _bytes(each["memory_bytes"]),
+                f"{each['cpu_percent']:.1f}",
+                f"{each['cpu_s']:.2f} s",
+                each["command"],
+            ]
             for each in found
         ]  # fmt: skip
         _print(_table(["NODE", "PID", "MEMORY", "CPU%", "CPU", "COMMAND"], rows, right=(1, 2, 3, 4)))
         return
     rows = [
-        [each["node"], socket["state"], socket["receive_queue"], socket["send_queue"], socket["local"], socket["peer"], f"{_program_name(each['command'])} ({each['pid']})"]
+        [
+            each["node"],
+            *(socket[key] for key in ("state", "receive_queue", "send_queue", "local", "peer")),
+            f"{_program_name(each['command'])} ({each['pid']})",
+        ]
         for each in found
         for socket in each["sockets"]
     ]  # fmt: skip
@@ -416,7 +444,9 @@ def _program_name(command: str) -> str:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--node", "nodes", multiple=True, metavar="NODES", shell_complete=_complete_node, help="Only these.")
+@click.option(
+    "--node", "nodes", multiple=True, metavar="NODES", shell_complete=_complete_node, help="Only these."
+)
 @click.option("--explain", is_flag=True, help="Say what each counter counts.")
 @click.pass_obj
 @_explained
@@ -431,7 +461,10 @@ def stats(place: paths.ClusterPaths, as_json: bool, nodes: tuple[str, ...], expl
     chosen = names.node_set(nodes, count) if nodes else list(range(count))
     explained = {node: observe.counters_explained(place.cluster, node) for node in chosen}
     if as_json:
-        found = {names.node_name(node): {name: value for name, _, value in each} for node, each in explained.items()}
+        found = {
+            names.node_name(node): {name: value for name, _, value in each}
+            for node, each in explained.items()
+        }
         _json({"cluster": place.cluster, "nodes": found})
         return
     meanings = explained[chosen[0]]

@@ -1,1 +1,1 @@
-"""What runs behind a cluster: the supervisor, a daemon a node, and helpers on nodes.  Programs, no library."""
+"""What runs behind a cluster: the supervisor, a daemon a node, helpers on nodes.  Programs, no library."""

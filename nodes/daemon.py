@@ -19,13 +19,13 @@ from collections import deque
 from pathlib import Path
 
 import posix_ipc
-
-from vmmc_emu import limits, names, paths, processes
 from vmmc_emu.nodes import channel
 from vmmc_emu.nodes.channel import Endpoint, Store
-from vmmc_emu.loop import Loop
 from vmmc_emu.nodes.messages import Protocol
 from vmmc_emu.nodes.title import set_title
+
+from vmmc_emu import limits, names, paths, processes
+from vmmc_emu.loop import Loop
 
 _SO_PEERPIDFD = 77  # Linux 6.5; not yet in the socket module
 
@@ -123,7 +123,10 @@ class Daemon:
     def _start_nic(self) -> None:
         # What its predecessor left unread would be heard twice: everything is said anew below.
         self._outbox.clear()
-        with contextlib.suppress(BlockingIOError), socket.socket(fileno=os.dup(self._store.nic_control)) as theirs:
+        with (
+            contextlib.suppress(BlockingIOError),
+            socket.socket(fileno=os.dup(self._store.nic_control)) as theirs,
+        ):
             while True:
                 _, descriptors = channel.receive_descriptors(theirs, 4096, socket.MSG_DONTWAIT)
                 for descriptor in descriptors:
@@ -149,7 +152,9 @@ class Daemon:
         )
         self._store.nic_pid = pid
         self._nic_started = time.monotonic()
-        processes.record(self._place, pid, processes.NIC, self._node, f"vmmc-nic of {names.node_name(self._node)}")
+        processes.record(
+            self._place, pid, processes.NIC, self._node, f"vmmc-nic of {names.node_name(self._node)}"
+        )
         channel.send(self._supervisor, what="nic", pid=pid)
         self._nic_pidfd = os.pidfd_open(pid)
         self._loop.watch(self._nic_pidfd, self._nic_ended)
@@ -165,10 +170,16 @@ class Daemon:
         name = names.node_name(self._node)
         if not self._nic_ready and not self._nic_failures:
             # The first one, or one that was never heard of: say why where `up` waits for an answer.
-            channel.send(self._supervisor, what="failed", why=f"the NIC of {name} {how}{self._nic_last_words()}")
+            channel.send(
+                self._supervisor, what="failed", why=f"the NIC of {name} {how}{self._nic_last_words()}"
+            )
         young = time.monotonic() - self._nic_started < _NIC_YOUNG_S
         self._nic_failures = self._nic_failures + 1 if young else 0
-        delay = _NIC_BACKOFF_S[min(self._nic_failures - 1, len(_NIC_BACKOFF_S) - 1)] if self._nic_failures > 1 else 0
+        delay = (
+            _NIC_BACKOFF_S[min(self._nic_failures - 1, len(_NIC_BACKOFF_S) - 1)]
+            if self._nic_failures > 1
+            else 0
+        )
         log(f"{name} NIC {pid} {how}; a successor starts {f'in {delay} s' if delay else 'now'}")
         processes.forget(self._place, processes.NIC, self._node, pid)
         if delay:
@@ -228,7 +239,9 @@ class Daemon:
     def _tell_nic(
         self, kind: int, endpoint: Endpoint, value: int = 0, descriptors: tuple[int, ...] = ()
     ) -> None:
-        data = self._protocol.control.pack(kind=kind, endpoint=endpoint.index, serial=endpoint.serial, value=value)
+        data = self._protocol.control.pack(
+            kind=kind, endpoint=endpoint.index, serial=endpoint.serial, value=value
+        )
         # The waiting copy holds descriptors of its own: the endpoint may be gone before it is sent.
         self._outbox.append((data, tuple(os.dup(descriptor) for descriptor in descriptors)))
         self._flush()
@@ -328,7 +341,10 @@ class Daemon:
         visits = request["kind"] == self._protocol.VISIT
         if not visits and not (self._place.processes / f"{processes.PROGRAM}-{pid}").exists():
             processes.record(self._place, pid, processes.PROGRAM, self._node, command)
-        log(f"{name} attached pid {pid} as endpoint {endpoint.index}, serial {endpoint.serial}: {command[:200]}")
+        log(
+            f"{name} attached pid {pid} as endpoint {endpoint.index}, serial {endpoint.serial}:"
+            f" {command[:200]}"
+        )
 
     def _refuse(self, connection: socket.socket, error: int) -> None:
         with contextlib.suppress(OSError):
@@ -338,14 +354,18 @@ class Daemon:
     def _new_endpoint(self, connection: socket.socket, pid: int) -> Endpoint:
         index = next((i for i in range(self._protocol.ENDPOINTS_MAX) if i not in self._indices), None)
         if index is None:
-            raise OSError(errno.EUSERS, f"a node has at most {self._protocol.ENDPOINTS_MAX} programs attached")
+            raise OSError(
+                errno.EUSERS, f"a node has at most {self._protocol.ENDPOINTS_MAX} programs attached"
+            )
         serial = self._store.last_serial + 1
         what = f"ep{serial}"
         pidfd = peer_pidfd(connection, pid)
         made: list[str] = []
         try:
             for part in ("app", "nic", "own"):
-                segment = self._segment(f"{what}.{part}", self._sizes[part], 0 if part == "own" else _CONTROL_BYTES)
+                segment = self._segment(
+                    f"{what}.{part}", self._sizes[part], 0 if part == "own" else _CONTROL_BYTES
+                )
                 made.append(f"{what}.{part}")
                 segment.close_fd()
         except OSError:
@@ -376,7 +396,8 @@ class Daemon:
         try:
             for what in (f"ep{endpoint.serial}.app", f"ep{endpoint.serial}.nic", "pub"):
                 segment = posix_ipc.SharedMemory(
-                    names.segment_name(self._place.cluster, self._node, what), read_only=not what.endswith(".app")
+                    names.segment_name(self._place.cluster, self._node, what),
+                    read_only=not what.endswith(".app"),
                 )
                 descriptors.append(segment.fd)
             data = self._protocol.attach_reply.pack(
@@ -502,5 +523,3 @@ def become_daemon(
             sys.excepthook(type(error), error, error.__traceback__)
     finally:
         os._exit(status)
-
-

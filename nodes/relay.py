@@ -21,8 +21,9 @@ import struct
 import sys
 import threading
 
-from vmmc_emu.names import node_address, node_address6, node_index
 from vmmc_emu.nodes.channel import receive_descriptors
+
+from vmmc_emu.names import node_address, node_address6, node_index
 
 _CHUNK_BYTES = 256 * 1024
 _STACK_BYTES = 256 * 1024
@@ -139,7 +140,10 @@ def _join_published(relay: Relay, outside: socket.socket, port: int) -> None:
     try:
         inside = connect_here(port)
     except OSError as error:
-        print(f"vmmc-emu: published port: nothing takes port {port} on this node: {error.strerror}", file=sys.stderr)
+        print(
+            f"vmmc-emu: published port: nothing takes port {port} on this node: {error.strerror}",
+            file=sys.stderr,
+        )
         # A reset: what the client would get if it connected to the port itself.
         outside.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         outside.close()

@@ -25,14 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmmc_emu import lifecycle, names, paths, processes
-from vmmc_emu.errors import ClusterError
 from vmmc_emu.nodes import channel
 from vmmc_emu.nodes.channel import Endpoint, Store
 from vmmc_emu.nodes.daemon import become_daemon, describe_exit, log
-from vmmc_emu.loop import Loop
 from vmmc_emu.nodes.messages import Protocol, become_subreaper, segment_sizes
 from vmmc_emu.nodes.title import set_title
+
+from vmmc_emu import lifecycle, names, paths, processes
+from vmmc_emu.errors import ClusterError
+from vmmc_emu.loop import Loop
 
 _START_TIMEOUT_S = 60.0
 _DAEMON_YOUNG_S = 1.0
@@ -115,7 +116,8 @@ class Supervisor:
     def _check_started(self) -> None:
         if not self._up:
             waiting = [names.node_name(node.store.node) for node in self._nodes if not node.ready]
-            self._fail(f"not ready after {_START_TIMEOUT_S:.0f} s: {', '.join(waiting[:5])}; the machine is overloaded?")
+            shown = ", ".join(waiting[:5])
+            self._fail(f"not ready after {_START_TIMEOUT_S:.0f} s: {shown}; the machine may be overloaded")
 
     def _fail(self, why: str) -> None:
         if not self._up and self._failure is None:
@@ -144,7 +146,10 @@ class Supervisor:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        log(f"cluster '{self._place.cluster}' is up: {self._count} nodes in {time.monotonic() - self._began:.3f} s")
+        log(
+            f"cluster '{self._place.cluster}' is up: {self._count} nodes"
+            f" in {time.monotonic() - self._began:.3f} s"
+        )
 
     # ---- daemons ----
 
@@ -165,13 +170,16 @@ class Supervisor:
         self._by_pid[pid] = node
         name = names.node_name(node.store.node)
         processes.record(self._place, pid, processes.DAEMON, node.store.node, f"daemon of {name}")
-        self._loop.watch(ours.fileno(), lambda: self._hear_daemon(node))
+        self._loop.watch(ours.fileno(), lambda: self._take_message(node))
 
     _lock = -1
 
     def hold_lock(self, descriptor: int) -> None:
         """The cluster's lock: daemons hold it too, so that the name stays taken while one of them lives."""
         self._lock = descriptor
+
+    def _take_message(self, node: Node) -> None:
+        self._hear_daemon(node)
 
     def _hear_daemon(self, node: Node) -> bool:
         """Takes one message; False: there is none."""
@@ -197,7 +205,9 @@ class Supervisor:
                 node.store.nic_pid = message["pid"]
             case "endpoint":
                 serial = message["serial"]
-                endpoints[serial] = Endpoint(serial, message["index"], message["pid"], *descriptors)
+                endpoints[serial] = Endpoint(
+                    serial, message["index"], message["pid"], descriptors[0], descriptors[1]
+                )
                 node.store.last_serial = serial
             case "waker":
                 endpoint = endpoints[message["serial"]]
@@ -224,7 +234,9 @@ class Supervisor:
             return
         young = time.monotonic() - node.started < _DAEMON_YOUNG_S
         node.failures = node.failures + 1 if young else 0
-        delay = _DAEMON_BACKOFF_S[min(node.failures - 1, len(_DAEMON_BACKOFF_S) - 1)] if node.failures else 0.0
+        delay = (
+            _DAEMON_BACKOFF_S[min(node.failures - 1, len(_DAEMON_BACKOFF_S) - 1)] if node.failures else 0.0
+        )
         log(
             f"{names.node_name(node.store.node)} daemon {node.daemon_pid} {how};"
             f" a successor starts {f'in {delay} s' if delay else 'now'}"
@@ -250,7 +262,11 @@ class Supervisor:
                 code = program.returncode
                 log(
                     f"{names.node_name(at)} program {pid} "
-                    + (f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}")
+                    + (
+                        f"was ended by {signal.Signals(-code).name}"
+                        if code < 0
+                        else f"ended with status {code}"
+                    )
                 )
                 processes.forget(self._place, processes.PROGRAM, at, pid)
                 continue
@@ -288,18 +304,15 @@ class Supervisor:
         channel.send(connection, **answer)
 
     def _spawn(self, node: int, description: int, standard_input: int, output: int) -> dict[str, Any]:
-        """Starts a program: its description (JSON, in a file, as an environment may be large) and descriptors."""
+        """Starts a program from its description: JSON in a file, as an environment may be large."""
         size = os.fstat(description).st_size
         wanted = json.loads(os.pread(description, size, 0))
 
         def limit() -> None:
             # Those of the shell in which it was asked for, not ours.
             for number, (soft, hard) in wanted["limits"]:
-                highest = resource.getrlimit(number)[1]
-                if highest != resource.RLIM_INFINITY:
-                    hard = highest if hard == resource.RLIM_INFINITY else min(hard, highest)
-                    soft = hard if soft == resource.RLIM_INFINITY else min(soft, hard)
-                resource.setrlimit(number, (soft, hard))
+                highest = _lower(hard, resource.getrlimit(number)[1])
+                resource.setrlimit(number, (_lower(soft, highest), highest))
 
         program = subprocess.Popen(
             wanted["arguments"], env=wanted["environment"], cwd=wanted["directory"], umask=wanted["umask"],
@@ -354,6 +367,12 @@ def reap() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+
+
+def _lower(limit: int, other: int) -> int:
+    """The lower of two resource limits, where "no limit" is not a number."""
+    finite = [each for each in (limit, other) if each != resource.RLIM_INFINITY]
+    return min(finite, default=resource.RLIM_INFINITY)
 
 
 def refuse(why: str) -> int:

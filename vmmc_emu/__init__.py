@@ -13,6 +13,7 @@ A program that wants to speak VMMC itself uses `vmmc_emu.attach` (Python) or `vm
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +38,4 @@ def __getattr__(name: str) -> Any:
     """Finds a public name in the module that defines it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vmmc_emu' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -89,11 +89,15 @@ def _elf(file: BinaryIO, start: bytes) -> list[str]:
     if wide:
         (headers,) = struct.unpack_from(order + "Q", start, 32)
         (sections,) = struct.unpack_from(order + "Q", start, 40)
-        header_size, header_count, section_size, section_count, names = struct.unpack_from(order + "5H", start, 54)
+        header_size, header_count, section_size, section_count, names = struct.unpack_from(
+            order + "5H", start, 54
+        )
     else:
         (headers,) = struct.unpack_from(order + "I", start, 28)
         (sections,) = struct.unpack_from(order + "I", start, 32)
-        header_size, header_count, section_size, section_count, names = struct.unpack_from(order + "5H", start, 42)
+        header_size, header_count, section_size, section_count, names = struct.unpack_from(
+            order + "5H", start, 42
+        )
     file.seek(headers)
     table = file.read(header_size * header_count)
     interpreter = None
@@ -116,9 +120,7 @@ def _elf(file: BinaryIO, start: bytes) -> list[str]:
     return []
 
 
-def _is_go(
-    file: BinaryIO, order: str, wide: bool, sections: int, size: int, count: int, names: int
-) -> bool:
+def _is_go(file: BinaryIO, order: str, wide: bool, sections: int, size: int, count: int, names: int) -> bool:
     """Whether the sections are those that Go's linker makes."""
     if not sections or names >= count:
         return False

@@ -140,7 +140,7 @@ class Cluster:
         return "\n".join(line for log in observe.logs(self._place) for line in observe.log_lines(log))
 
     def relay_of(self, node: int) -> socket.socket:
-        """The control socket of the relay through which this process reaches a node; started when first needed."""
+        """The control socket of the relay through which this process reaches a node, started if need be."""
         with self._relays_lock:
             if node not in self._relays:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -151,7 +151,6 @@ class Cluster:
                     programs.detach(helper, theirs.fileno(), "relay")
                 self._relays[node] = ours
             return self._relays[node]
-
 
     def forget_relay(self, node: int, control: socket.socket) -> None:
         """That relay is gone: the next connection starts another."""
@@ -274,7 +273,8 @@ class Node:
         """A connection to a port of this node, as a socket that this process, outside the cluster, can use.
 
         It is a real socket, of the family AF_UNIX: a relay on the node joins it with a connection to the
-        port.  Raises what connecting raises (ConnectionRefusedError, …); TimeoutError after `timeout` seconds.
+        port.  Raises what connecting raises (ConnectionRefusedError, …); TimeoutError after `timeout`
+        seconds.
         """
         for _ in range(2):  # the second time with a new relay, should somebody have killed the first
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -319,13 +319,23 @@ class Node:
         pause_s = _LOOK_FIRST_S
         while True:
             table = self.sockets()
-            if any(each.state == "LISTEN" and each.port == port for each in table):
+            # The socket of a program that was just killed stands there until its NIC has ended it.
+            if any(
+                each.state == "LISTEN" and each.port == port and processes.start_of(each.pid) is not None
+                for each in table
+            ):
                 return
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 ports = sorted({each.port for each in table if each.state == "LISTEN"})
-                there = f"ports that are listened on: {', '.join(map(str, ports))}" if ports else "nothing listens there"
-                raise TimeoutError(f"no program listens on port {port} of {self.name} after {timeout:g} s; {there}")
+                there = (
+                    f"ports that are listened on: {', '.join(map(str, ports))}"
+                    if ports
+                    else "nothing listens there"
+                )
+                raise TimeoutError(
+                    f"no program listens on port {port} of {self.name} after {timeout:g} s; {there}"
+                )
             time.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, _LOOK_LAST_S)
 
@@ -357,7 +367,7 @@ class RemoteCall(Generic[T]):
         self._outcome: tuple[Any, ...] | None = None
 
     def result(self, timeout: float | None = None) -> T:
-        """What the function returned; raises what it raised.  TimeoutError: it still runs after `timeout` seconds."""
+        """What the function returned; raises what it raised, TimeoutError when it still runs by then."""
         if self._outcome is None:
             self._outcome = self._receive(timeout)
         if self._outcome[0]:
@@ -381,7 +391,9 @@ class RemoteCall(Generic[T]):
         while not self._is_whole():
             left_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
             if not poll.poll(left_ms):
-                raise TimeoutError(f"the function on {self.node.name} (pid {self.pid}) still runs after {timeout} s")
+                raise TimeoutError(
+                    f"the function on {self.node.name} (pid {self.pid}) still runs after {timeout} s"
+                )
             chunk = os.read(self._descriptor, 1 << 20)
             if not chunk:
                 break
@@ -392,7 +404,9 @@ class RemoteCall(Generic[T]):
         processes.forget(self.node.cluster.place, processes.PROGRAM, self.node.index, self.pid)
         if not self._is_whole():
             how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-            died = ChildProcessError(f"the Python process on {self.node.name} {how} before its function returned")
+            died = ChildProcessError(
+                f"the Python process on {self.node.name} {how} before its function returned"
+            )
             return False, died
         outcome: tuple[Any, ...] = pickle.loads(memoryview(self._data)[8:])
         return outcome
@@ -406,7 +420,7 @@ class RemoteCall(Generic[T]):
 
 
 def _ship_by_value(function: Callable[..., Any]) -> None:
-    """Lets pickle carry the code of a function whose module a new process cannot import (a test module, say)."""
+    """Lets pickle carry the code of a function whose module (a test's, say) nobody else can import."""
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     if module is None or module.__name__ == "__main__" or not getattr(module, "__file__", None):
         return  # pickle sends __main__ by value anyway

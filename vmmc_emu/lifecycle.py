@@ -120,7 +120,7 @@ def already_up(place: ClusterPaths) -> str:
 
 
 def _supervisor_environment() -> dict[str, str]:
-    """Ours, without what would make the supervisor a program on some node, and with the way to this package."""
+    """Ours, without what would make it a program on some node, and with the way to this package."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -144,7 +144,10 @@ def _read_answer(descriptor: int) -> dict[str, Any]:
     while b"\n}\n" not in text:
         left = deadline - time.monotonic()
         if left <= 0 or not poll.poll(left * 1000):
-            return {"error": f"the cluster was not ready after {START_TIMEOUT_S:.0f} s: the machine may be overloaded"}
+            return {
+                "error": f"the cluster was not ready after {START_TIMEOUT_S:.0f} s:"
+                " the machine may be overloaded"
+            }
         chunk = os.read(descriptor, 65536)
         if not chunk:
             break
@@ -154,7 +157,9 @@ def _read_answer(descriptor: int) -> dict[str, Any]:
         result: dict[str, Any] = json.loads("{" + answer)
     except ValueError:
         lines = (complaint + answer).strip().splitlines()
-        return {"error": f"the supervisor ended before it was ready: {lines[-1] if lines else 'it said nothing'}"}
+        return {
+            "error": f"the supervisor ended before it was ready: {lines[-1] if lines else 'it said nothing'}"
+        }
     return result
 
 
@@ -168,7 +173,9 @@ def answer(**fields: Any) -> bytes:
 
 def stop(place: ClusterPaths, grace_s: float = processes.GRACE_S) -> bool:
     """Ends a cluster and removes every trace of it.  False: there was none."""
-    traces = place.runtime.exists() or bool(place.segments()) or paths.recorded_runtime(place.cluster) is not None
+    traces = (
+        place.runtime.exists() or bool(place.segments()) or paths.recorded_runtime(place.cluster) is not None
+    )
     supervisors = processes.recorded(place, processes.SUPERVISOR)
     for supervisor in supervisors:
         # It ends programs first, which may take their grace, and then its own.

@@ -47,15 +47,15 @@ def _finite(limit: int) -> int | None:
 
 
 def check_room(nodes: int) -> None:
-    """Raises ClusterError, with what is needed and what there is, when a cluster of that size cannot start."""
+    """Raises ClusterError, with what is needed and what there is, when such a cluster cannot start."""
     native_file("vmmc-nic")
     native_file("libvmmc.so")
     native_file("libvmmc-preload.so")
     needed, free = nodes * NODE_SHM_BYTES, shm_free_bytes()
     if free < needed:
         raise ClusterError(
-            f"not enough room in {SHM}: {nodes} nodes need {mebibytes(needed)} there and {mebibytes(free)} is free;"
-            " free some, start fewer nodes, or make it larger"
+            f"not enough room in {SHM}: {nodes} nodes need {mebibytes(needed)} there"
+            f" and {mebibytes(free)} is free; free some, start fewer nodes, or make it larger"
             " (mount -o remount,size=1G /dev/shm; docker run --shm-size=1g)"
         )
     needed = nodes * NODE_DESCRIPTORS + SPARE_DESCRIPTORS
@@ -134,7 +134,9 @@ def _check_kernel() -> Finding:
     release = platform.release()
     numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
     ok = platform.system() == "Linux" and numbers >= (5, 9)
-    return Finding("kernel", ok, f"{platform.system()} {release}", "" if ok else "Linux 5.9 or newer is needed (pidfd)")
+    return Finding(
+        "kernel", ok, f"{platform.system()} {release}", "" if ok else "Linux 5.9 or newer is needed (pidfd)"
+    )
 
 
 def _check_python() -> Finding:
@@ -144,7 +146,9 @@ def _check_python() -> Finding:
             __import__(module)
         except ImportError:
             missing.append(module)
-    found = f"{platform.python_version()}, " + (f"missing: {', '.join(missing)}" if missing else "all packages there")
+    found = f"{platform.python_version()}, " + (
+        f"missing: {', '.join(missing)}" if missing else "all packages there"
+    )
     return Finding("Python", not missing, found, "pip install vmmc-emu brings them" if missing else "")
 
 
@@ -185,14 +189,18 @@ def _check_sizes() -> Finding:
     for number, option in ((resource.RLIMIT_FSIZE, "ulimit -f"), (resource.RLIMIT_AS, "ulimit -v")):
         soft = resource.getrlimit(number)[0]
         if soft != resource.RLIM_INFINITY and soft < 4 * LARGEST_SEGMENT_BYTES:
-            return Finding("file and memory size", False, f"{option} is {mebibytes(soft)}", f"{option} unlimited")
+            return Finding(
+                "file and memory size", False, f"{option} is {mebibytes(soft)}", f"{option} unlimited"
+            )
     return Finding("file and memory size", True, "no limit in the way")
 
 
 def _check_pinning() -> Finding:
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     found = "no limit" if soft == resource.RLIM_INFINITY else mebibytes(soft)
-    return Finding("locked memory", True, found, "pinning commits memory and does not lock it: any limit will do")
+    return Finding(
+        "locked memory", True, found, "pinning commits memory and does not lock it: any limit will do"
+    )
 
 
 def _check_ptrace() -> Finding:
@@ -200,7 +208,11 @@ def _check_ptrace() -> Finding:
         scope = Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="ascii").strip()
     except OSError:
         return Finding("ptrace scope", True, "not restricted (no Yama)")
-    advice = "" if scope == "0" else "nothing needs it to be 0; debuggers attach to programs only with sysctl kernel.yama.ptrace_scope=0"
+    advice = (
+        ""
+        if scope == "0"
+        else "nothing needs it to be 0; debuggers attach only with sysctl kernel.yama.ptrace_scope=0"
+    )
     return Finding("ptrace scope", True, scope, advice)
 
 
@@ -210,7 +222,9 @@ def _check_runtime() -> Finding:
     while not place.exists():
         place = place.parent
     ok = os.access(place, os.W_OK | os.X_OK)
-    return Finding("runtime directory", ok, str(root), "" if ok else "let VMMC_RUNTIME_DIR name a directory of yours")
+    return Finding(
+        "runtime directory", ok, str(root), "" if ok else "let VMMC_RUNTIME_DIR name a directory of yours"
+    )
 
 
 def _check_nic() -> Finding:
@@ -226,7 +240,11 @@ def _check_preload() -> Finding:
     if not path.exists():
         return Finding("preload library", False, f"{path} is missing", "reinstall vmmc-emu")
     done = subprocess.run(
-        [program], env={"LD_PRELOAD": str(path), "PATH": os.defpath}, capture_output=True, text=True, check=False
+        [program],
+        env={"LD_PRELOAD": str(path), "PATH": os.defpath},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode or done.stderr:
         advice = "it was built for another C library or machine: reinstall vmmc-emu here"

@@ -62,12 +62,15 @@ def counters_explained(cluster: str, node: int) -> list[tuple[str, str, int]]:
     if count < 0:
         raise _error(cluster, node)
     return [
-        (ffi.string(each.name).decode(), ffi.string(each.meaning).decode(), int(each.value)) for each in found[0:count]
+        (ffi.string(each.name).decode(), ffi.string(each.meaning).decode(), int(each.value))
+        for each in found[0:count]
     ]
 
 
 def _error(cluster: str, node: int) -> OSError:
-    return OSError(ffi.errno, f"{node_name(node)} of cluster '{cluster}' cannot be looked at: {os.strerror(ffi.errno)}")
+    return OSError(
+        ffi.errno, f"{node_name(node)} of cluster '{cluster}' cannot be looked at: {os.strerror(ffi.errno)}"
+    )
 
 
 def sockets(cluster: str, node: int) -> list[Socket]:
@@ -143,7 +146,7 @@ def _as_json(each: Socket) -> dict[str, Any]:
 
 
 def logs(place: ClusterPaths, nodes: set[int] | None = None) -> list[Log]:
-    """The cluster's log files: the supervisor's (unless nodes are named), then each node's daemon, NIC, programs."""
+    """The log files: the supervisor's (unless nodes are named), then each node's: daemon, NIC, programs."""
     found: list[tuple[int, int, Log]] = []
     for path in place.logs.glob("*.log"):
         owner, dot, source = path.name.removesuffix(".log").partition(".")

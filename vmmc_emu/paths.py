@@ -69,7 +69,11 @@ def native_file(name: str) -> Path:
     """The path of one native part; ClusterError when it is missing."""
     path = native_directory() / name
     if not path.exists():
-        hint = "VMMC_NATIVE_DIR names that directory" if "VMMC_NATIVE_DIR" in os.environ else "reinstall vmmc-emu"
+        hint = (
+            "VMMC_NATIVE_DIR names that directory"
+            if "VMMC_NATIVE_DIR" in os.environ
+            else "reinstall vmmc-emu"
+        )
         raise ClusterError(f"{path} is missing: {hint}")
     return path
 

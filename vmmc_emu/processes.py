@@ -80,7 +80,9 @@ def _record_name(kind: str, node: int | None, pid: int) -> str:
     return kind if node is None else f"{kind}-{node}"
 
 
-def record(paths: ClusterPaths, pid: int, kind: str, node: int | None = None, command: str = "") -> Process | None:
+def record(
+    paths: ClusterPaths, pid: int, kind: str, node: int | None = None, command: str = ""
+) -> Process | None:
     """Writes down that `pid` belongs to the cluster.  None: it is gone already."""
     start = start_of(pid)
     if start is None:
@@ -176,7 +178,7 @@ def command_of(pid: int) -> str:
 
 
 def end(processes: Iterable[Process], grace_s: float = GRACE_S) -> list[Process]:
-    """Asks processes to end (SIGTERM), waits, forces what is left (SIGKILL), waits.  Returns what was forced."""
+    """Asks processes to end (SIGTERM), forces what is left after a grace (SIGKILL) and returns that."""
     waiting: dict[int, Process] = {}
     for process in processes:
         if process.pid != os.getpid() and (descriptor := open_pidfd(process)) is not None:

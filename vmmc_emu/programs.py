@@ -56,7 +56,10 @@ def warnings(program: str, search_path: str | None) -> list[str]:
     found = binaries.find_program(program, search_path)
     if found is None:
         return []
-    return [f"{program} {why}: its connections go to the kernel's network" for why in binaries.bypasses(found, search_path)]
+    return [
+        f"{program} {why}: its connections go to the kernel's network"
+        for why in binaries.bypasses(found, search_path)
+    ]
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ _FORWARDED = {
 
 
 def run_foreground(program: Program, started: Callable[[int], None] | None = None) -> int:
-    """Runs a program with our standard descriptors and terminal; returns its exit status, 128 + n for signal n.
+    """Runs a program with our descriptors and terminal; returns its exit status, 128 + n for signal n.
 
     It shares our process group, so the terminal's signals reach it by themselves; what somebody sends to
     us alone (kill) is passed on.  `started` is called with its pid.
@@ -232,7 +235,7 @@ def run_everywhere(programs: Sequence[Program], write: Callable[[int, bytes, boo
             finish()
 
     def finish() -> None:
-        # A program that left a background process holding its output is not waited for when all are asked to end.
+        # A background process that a program left may hold its output: not waited for once all are asked.
         if not running and (not streams or asked):
             loop.stop()
 
@@ -309,7 +312,9 @@ def open_log(place: ClusterPaths, node: int, program: str) -> tuple[int, Path]:
         suffix = "" if number == 1 else f"-{number}"
         path = place.logs / f"{node_name(node)}.{base}{suffix}.log"
         try:
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600), path
+            return os.open(
+                path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600
+            ), path
         except FileExistsError:
             continue
     raise ClusterError(f"no name is left for a log of {program}")
@@ -370,8 +375,8 @@ def _ask_supervisor(place: ClusterPaths, message: dict[str, Any], descriptors: l
             answer = b""
     if not answer:
         raise ClusterError(
-            f"the supervisor of cluster '{place.cluster}' does not answer: programs can run in the foreground only,"
-            " until the cluster is started anew (down, up)"
+            f"the supervisor of cluster '{place.cluster}' does not answer: programs can run in the"
+            " foreground only, until the cluster is started anew (down, up)"
         )
     result: dict[str, Any] = json.loads(answer)
     return result
@@ -434,10 +439,14 @@ def publish_foreground(program: Program, pid: int, publication: Publication, lis
         os.chdir(here)
 
 
-def publish_detached(program: Program, pid: int, publication: Publication, listener: socket.socket, log: Path) -> int:
+def publish_detached(
+    program: Program, pid: int, publication: Publication, listener: socket.socket, log: Path
+) -> int:
     """The same for a detached program; the relay's complaints go to the program's log."""
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     try:
-        return detach_with(relay(program, "publish", str(publication.node_port), str(pid)), output, listener.fileno())
+        return detach_with(
+            relay(program, "publish", str(publication.node_port), str(pid)), output, listener.fileno()
+        )
     finally:
         os.close(output)

@@ -29,8 +29,8 @@ class Cli:
         return [*COMMAND, "--cluster", self.cluster, *map(str, arguments)]
 
     def __call__(
-        self, *arguments: object, env: dict[str, str] | None = None, input: str | None = None, timeout: float = 60,
-        cwd: str | Path | None = None, prefix: tuple[str, ...] = (),
+        self, *arguments: object, env: dict[str, str] | None = None, input: str | None = None,
+        timeout: float = 60, cwd: str | Path | None = None, prefix: tuple[str, ...] = (),
     ) -> Done:  # fmt: skip
         return subprocess.run(
             [*prefix, *self.command(*arguments)], env={**os.environ, **(env or {})}, input=input,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -42,11 +43,19 @@ def endpoints(cluster: Cluster, segments: Segments, node: int) -> set[str]:
     return {name.split(marker)[1].split(".")[0] for name in segments(cluster.name) if marker in name}
 
 
+CONNECT = """
+import socket, time
+connection = socket.create_connection(("node0", 9100))
+print("connected", flush=True)
+time.sleep(600)
+"""
 LISTEN = "import socket; l = socket.create_server(('', 9100)); print('ready', flush=True)"
 
 
 def test_a_program_without_stream_sockets_does_not_attach(cluster: Cluster, segments: Segments) -> None:
-    code = "import socket; socket.socket(socket.AF_UNIX); socket.socket(type=socket.SOCK_DGRAM); print('done')"
+    code = (
+        "import socket; socket.socket(socket.AF_UNIX); socket.socket(type=socket.SOCK_DGRAM); print('done')"
+    )
     assert cluster.node(0).run([sys.executable, "-c", code]).stdout == "done\n"
     assert "attached" not in cluster.node(0).logs()
 
@@ -84,7 +93,12 @@ def test_everything_is_freed_when_a_program_ends_or_calls_exec(
 
 
 def test_a_child_that_stays_does_not_keep_the_endpoint(cluster: Cluster, segments: Segments) -> None:
-    code = f"{LISTEN}; import os; child = os.fork() or os.execvp('sleep', ['sleep', '600']); print(child, flush=True)"
+    code = (
+        f"{LISTEN}\n"
+        "import os\n"
+        "child = os.fork() or os.execvp('sleep', ['sleep', '600'])\n"
+        "print(child, flush=True)"
+    )
     with cluster.node(0).popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == "ready\n"
@@ -117,23 +131,30 @@ def test_what_was_sent_before_the_end_is_delivered(cluster: Cluster) -> None:
 def test_indices_are_used_again_and_serials_are_not(cluster: Cluster) -> None:
     for _ in range(3):
         assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
-    log = until(lambda: (text := cluster.node(0).logs()).count("endpoint 0, left") + text.count("endpoint 0, ended") == 3 and text)
-    attached = [line.split("as endpoint ")[1].split(":")[0] for line in log.splitlines() if "attached" in line]
+
+    def ends() -> list[str]:
+        return [line for line in cluster.node(0).logs().splitlines() if "endpoint 0, " in line]
+
+    until(lambda: len([line for line in ends() if "serial" not in line]) == 3, cluster.logs)
+    log = cluster.node(0).logs()
+    attached = [
+        line.split("as endpoint ")[1].split(":")[0] for line in log.splitlines() if "attached" in line
+    ]
     assert attached == ["0, serial 1", "0, serial 2", "0, serial 3"]
 
 
 def test_nonsense_on_the_socket_harms_nobody(cluster: Cluster) -> None:
     path = str(cluster.place.socket(0))
-    for message in (b"x", b"\0" * 16, struct.pack("4I", 0x636D6D76, 1, 99, 0), struct.pack("4I", 0x636D6D76, 1, 2, 0)):
+    magic = 0x636D6D76
+    for message in (b"x", bytes(16), struct.pack("4I", magic, 1, 99, 0), struct.pack("4I", magic, 1, 2, 0)):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.connect(path)
             connection.send(message)
             assert connection.recv(100) == b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:  # of a future version
         connection.connect(path)
-        connection.send(struct.pack("4I", 0x636D6D76, 999, 1, 0))
-        magic, error = struct.unpack_from("Ii", connection.recv(100))
-        assert (magic, error) == (0x636D6D76, 71)  # EPROTO
+        connection.send(struct.pack("4I", magic, 999, 1, 0))
+        assert struct.unpack_from("Ii", connection.recv(100)) == (magic, errno.EPROTO)
     assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
 
 
@@ -162,8 +183,10 @@ def test_a_nic_that_is_killed_comes_back(cluster: Cluster) -> None:
     before = cluster.status()["nodes"]
     os.kill(before[0]["nic_pid"], signal.SIGKILL)
     until(
-        lambda: (now := cluster.status()["nodes"])[0]["nic_pid"] not in (None, before[0]["nic_pid"])
-        and now[0]["state"] == "up"
+        lambda: (
+            (now := cluster.status()["nodes"])[0]["nic_pid"] not in (None, before[0]["nic_pid"])
+            and now[0]["state"] == "up"
+        )
     )
     until(lambda: f"NIC {cluster.status()['nodes'][0]['nic_pid']} is ready" in cluster.logs(), cluster.logs)
     now = cluster.status()["nodes"]
@@ -237,9 +260,11 @@ def test_daemon_and_nic_killed_together_come_back(cluster: Cluster) -> None:
     os.kill(node["nic_pid"], signal.SIGKILL)
     os.kill(node["daemon_pid"], signal.SIGKILL)
     until(
-        lambda: (now := cluster.status()["nodes"][0])["state"] == "up"
-        and now["nic_pid"] != node["nic_pid"]
-        and now["daemon_pid"] != node["daemon_pid"]
+        lambda: (
+            (now := cluster.status()["nodes"][0])["state"] == "up"
+            and now["nic_pid"] != node["nic_pid"]
+            and now["daemon_pid"] != node["daemon_pid"]
+        )
     )
     assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
 
@@ -265,7 +290,7 @@ def test_an_idle_cluster_uses_no_cpu(cluster: Cluster) -> None:
         [sys.executable, "-c", LISTEN + "; import time; c = l.accept(); time.sleep(600)"],
         stdout=subprocess.PIPE, text=True,
     ) as server, cluster.node(1).popen(
-        [sys.executable, "-c", "import socket, time; c = socket.create_connection(('node0', 9100)); print(1, flush=True); time.sleep(600)"],
+        [sys.executable, "-c", CONNECT],
         stdout=subprocess.PIPE, text=True,
     ) as client:  # fmt: skip
         for program in (server, client):
@@ -277,7 +302,12 @@ def test_an_idle_cluster_uses_no_cpu(cluster: Cluster) -> None:
             return [(sum(p.cpu_times()[:2]), p.num_ctx_switches().voluntary) for p in found]
 
         # What it does while it comes to rest ends soon; nothing may wake after that.
-        until(lambda: switches() == (time.sleep(2), switches())[1], "somebody is awake")
+        def at_rest() -> bool:
+            before = switches()
+            time.sleep(2)  # what is measured is a time
+            return switches() == before
+
+        until(at_rest, "somebody is awake")
         server.kill()
         client.kill()
 

@@ -17,11 +17,23 @@ from vmmc_emu import Cluster
 
 Cli = Any  # conftest.Cli
 
-SERVER = "import socket; l = socket.create_server(('', 9009)); c, _ = l.accept(); c.sendall(b'x' * 1000); c.recv(1)"
-CLIENT = "import socket; c = socket.create_connection(('node0', 9009)); print('connected', flush=True); input()"
+SERVER = """
+import socket
+listener = socket.create_server(("", 9009))
+connection, _ = listener.accept()
+connection.sendall(b"x" * 1000)
+connection.recv(1)
+"""
+CLIENT = """
+import socket
+connection = socket.create_connection(("node0", 9009))
+print("connected", flush=True)
+input()
+"""
 
 COUNTERS = (
-    "sends", "bytes_sent", "bytes_received", "bytes_redirected", "bytes_default", "bytes_copied", "notifications",
+    "sends", "bytes_sent", "bytes_received", "bytes_redirected", "bytes_default", "bytes_copied",
+    "notifications",
     "packets_sent", "packets_received", "packets_resent", "packets_dropped", "commands_rejected", "utlb_hits",
     "utlb_misses", "connections_opened", "connections_refused", "fork_closed_sockets",
 )  # fmt: skip
@@ -116,7 +128,11 @@ def test_logs(up: Cli) -> None:
     while "node3 sh | three" not in (said := up.ok("logs", "--node", 3)):
         assert time.monotonic() < deadline, said
     lines = said.splitlines()
-    assert [line for line in lines if " sh | " in line] == ["node3 sh | one", "node3 sh | two", "node3 sh | three"]
+    assert [line for line in lines if " sh | " in line] == [
+        "node3 sh | one",
+        "node3 sh | two",
+        "node3 sh | three",
+    ]
     assert any(line.startswith("node3 daemon | ") for line in lines)
     assert any(line.startswith("node3 nic | ") for line in lines)
     assert not any(line.startswith("node2 ") for line in lines)

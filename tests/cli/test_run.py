@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -11,6 +12,8 @@ import socket
 import stat
 import subprocess
 import sys
+import termios
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,8 +29,13 @@ Cli = Any  # conftest.Cli
 
 
 def test_place_and_arguments(up: Cli) -> None:
-    code = "import os, socket, sys; print(os.environ['VMMC_NODE'], os.environ['VMMC_CLUSTER'], socket.gethostname(), sys.argv[1:])"
-    output = up.ok("run", "--node", 2, "--", sys.executable, "-c", code, "{node}.rdb", "a b", "--node", "--", "")
+    code = (
+        "import os, socket, sys\n"
+        "print(os.environ['VMMC_NODE'], os.environ['VMMC_CLUSTER'], socket.gethostname(), sys.argv[1:])"
+    )
+    output = up.ok(
+        "run", "--node", 2, "--", sys.executable, "-c", code, "{node}.rdb", "a b", "--node", "--", ""
+    )
     assert output == f"node2 {up.cluster} node2 ['node2.rdb', 'a b', '--node', '--', '']\n"
 
 
@@ -87,9 +95,6 @@ def test_the_terminal_is_the_programs(up: Cli) -> None:
     )
     parent, child = pty.openpty()
     termsize = bytes([24, 0, 77, 0, 0, 0, 0, 0])
-    import fcntl
-    import termios
-
     fcntl.ioctl(child, termios.TIOCSWINSZ, termsize)
 
     def own_terminal() -> None:
@@ -184,14 +189,17 @@ def test_on_a_cluster_that_is_not_up(cli: Cli) -> None:
     for command in (["run", "--node", 0, "true"], ["ps"], ["stats"], ["status"], ["logs"]):
         done = cli(*command)
         assert done.returncode == 1
-        assert done.stderr == f"Error: cluster '{cli.cluster}' is not up: start it with `vmmc-emu --cluster {cli.cluster} up`\n"
+        start = f"`vmmc-emu --cluster {cli.cluster} up`"
+        assert done.stderr == f"Error: cluster '{cli.cluster}' is not up: start it with {start}\n"
 
 
 # ---- several nodes ----
 
 
 def test_several_nodes_with_prefixes(up: Cli) -> None:
-    done = up("run", "--node", "0,2", "--node", "2-3", "--", "sh", "-c", "echo out; echo err >&2; printf rest")
+    done = up(
+        "run", "--node", "0,2", "--node", "2-3", "--", "sh", "-c", "echo out; echo err >&2; printf rest"
+    )
     assert done.returncode == 0
     assert sorted(done.stdout.splitlines()) == sorted(
         f"node{node} | {word}" for node in (0, 2, 3) for word in ("out", "rest")
@@ -205,7 +213,8 @@ def test_all_nodes(up: Cli) -> None:
 
 
 def test_exit_status_is_that_of_the_first_that_failed(up: Cli, tmp_path: Path) -> None:
-    script = f"case $VMMC_NODE in node1) exit 4;; node3) until [ -e {tmp_path}/go ]; do sleep 0.05; done; exit 5;; esac"
+    later = f"until [ -e {tmp_path}/go ]; do sleep 0.05; done; exit 5"
+    script = f"case $VMMC_NODE in node1) exit 4;; node3) {later};; esac"
     program = up.popen("run", "--all", "--", "sh", "-c", script + f"; sleep 0.3; touch {tmp_path}/go")
     program.communicate(timeout=30)
     assert program.returncode == 4
@@ -229,7 +238,8 @@ def test_interrupt_ends_all(up: Cli, tmp_path: Path) -> None:
 
 
 def test_interrupt_forces_those_that_ignore_it(up: Cli) -> None:
-    program = up.popen("run", "--node", "0-1", "--", "sh", "-c", "trap '' INT TERM; echo ready; while :; do sleep 1; done")
+    script = "trap '' INT TERM; echo ready; while :; do sleep 1; done"
+    program = up.popen("run", "--node", "0-1", "--", "sh", "-c", script)
     for _ in range(2):
         assert "ready" in program.stdout.readline()
     program.send_signal(signal.SIGINT)
@@ -269,7 +279,9 @@ def test_detach(up: Cli, running: Cluster, tmp_path: Path) -> None:
         deadline = time.monotonic() + 20
         while True:
             logs = up.ok("logs", "--node", node)
-            lines = [line.partition(" | ")[2] for line in logs.splitlines() if line.startswith(f"node{node} sh | ")]
+            lines = [
+                line.partition(" | ")[2] for line in logs.splitlines() if line.startswith(f"node{node} sh | ")
+            ]
             if lines == expected:
                 break
             assert time.monotonic() < deadline, logs
@@ -370,14 +382,16 @@ while True:
 def published_port(line: str) -> int:
     assert line.startswith("127.0.0.1:")
     assert "leads to port 7007 of node" in line
-    return int(line.split(":")[1].split()[0])
+    return int(line.split(":")[1].split(maxsplit=1)[0])
 
 
 def exchange(port: int, data: bytes) -> bytes:
-    import threading
+    def send() -> None:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
 
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        sender = threading.Thread(target=lambda: (connection.sendall(data), connection.shutdown(socket.SHUT_WR)))
+        sender = threading.Thread(target=send)
         sender.start()
         received = bytearray()
         while chunk := connection.recv(1 << 20):
@@ -426,7 +440,10 @@ def test_publish_detached(up: Cli, running: Cluster) -> None:
 def test_publish_a_port_that_nobody_listens_on(up: Cli) -> None:
     program = up.popen("run", "--node", 1, "--publish", "0:7007", "--", "sleep", 600)
     port = published_port(program.stderr.readline())
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection, pytest.raises(ConnectionResetError):
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=20) as connection,
+        pytest.raises(ConnectionResetError),
+    ):
         connection.recv(1)
     assert "nothing takes port 7007" in program.stderr.readline()
     program.terminate()
@@ -452,5 +469,3 @@ def test_publish_on_ipv6(up: Cli) -> None:
         assert connection.recv(10) == b"hello"
     program.terminate()
     program.communicate(timeout=20)
-
-

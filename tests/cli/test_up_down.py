@@ -29,7 +29,9 @@ Segments = Callable[[str], list[str]]
 
 def pids(cli: Cli) -> set[int]:
     status = json.loads(cli.ok("status", "--json"))
-    return {node[key] for node in status["nodes"] for key in ("daemon_pid", "nic_pid")} | {status["supervisor_pid"]}
+    return {node[key] for node in status["nodes"] for key in ("daemon_pid", "nic_pid")} | {
+        status["supervisor_pid"]
+    }
 
 
 def wait_gone(found: set[int], timeout: float = 20) -> None:
@@ -112,7 +114,11 @@ def test_found_without_the_variables_that_it_was_started_with(cli: Cli, tmp_path
     cli.ok("up", "--nodes", 1)
     env = {name: value for name, value in os.environ.items() if name != "VMMC_RUNTIME_DIR"}
     done = subprocess.run(
-        cli.command("status"), env={**env, "XDG_RUNTIME_DIR": str(tmp_path)}, capture_output=True, text=True, check=True
+        cli.command("status"),
+        env={**env, "XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "node0" in done.stdout
 
@@ -179,7 +185,12 @@ def test_down_leaves_nothing(cli: Cli, segments: Segments) -> None:
 
 def test_down_forces_a_program_that_does_not_want_to_end(cli: Cli) -> None:
     cli.ok("up", "--nodes", 1)
-    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); signal.pause()"
+    code = (
+        "import signal\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('ready', flush=True)\n"
+        "signal.pause()\n"
+    )
     program = cli.popen("run", "--node", 0, "--", sys.executable, "-c", code)
     assert program.stdout is not None
     assert program.stdout.readline() == "ready\n"
@@ -252,7 +263,8 @@ def test_up_on_a_wreck(cli: Cli) -> None:
 
 def test_a_recorded_pid_that_is_somebody_elses_now_is_left_alone(cli: Cli) -> None:
     cli.ok("up", "--nodes", 1)
-    bystander = subprocess.Popen([sys.executable, "-c", "import signal; print(1, flush=True); signal.pause()"], stdout=subprocess.PIPE)
+    code = "import signal; print(1, flush=True); signal.pause()"
+    bystander = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert bystander.stdout is not None
     bystander.stdout.readline()
     records = Path(os.environ["VMMC_RUNTIME_DIR"]) / cli.cluster / "processes"
@@ -320,7 +332,11 @@ def limited(number: int, value: int) -> Callable[[], None]:
 )
 def test_limits_in_the_way(cli: Cli, segments: Segments, number: int, value: int, said: str) -> None:
     done = subprocess.run(
-        cli.command("up", "--nodes", 64), capture_output=True, text=True, preexec_fn=limited(number, value), check=False
+        cli.command("up", "--nodes", 64),
+        capture_output=True,
+        text=True,
+        preexec_fn=limited(number, value),
+        check=False,
     )
     assert done.returncode == 1
     assert said in done.stderr
@@ -374,7 +390,10 @@ class TestSmallSharedMemory:
     def inside(script: str, size: str) -> subprocess.CompletedProcess[str]:
         unshare = shutil.which("unshare")
         options = ["--mount"] if os.getuid() == 0 else ["--mount", "--user", "--map-root-user"]
-        if unshare is None or subprocess.run([unshare, *options, "true"], check=False, capture_output=True).returncode:
+        if (
+            unshare is None
+            or subprocess.run([unshare, *options, "true"], check=False, capture_output=True).returncode
+        ):
             pytest.skip("mount namespaces are not allowed here")
         body = f"mount -t tmpfs -o size={size},mode=1777 tmpfs /dev/shm && {script}"
         return subprocess.run(
@@ -389,17 +408,21 @@ class TestSmallSharedMemory:
     def test_eight_nodes_with_programs_fit_in_64_mib(self, cli: Cli) -> None:
         v = " ".join(cli.command())
         script = (
-            f"{v} up && {v} run --all --detach -- {sys.executable} -m http.server 8000 && "
-            f"{v} run --all -- {sys.executable} -c '"
-            "import time, urllib.request as u\n"
-            "for i in range(8):\n"
-            "    for attempt in range(200):\n"
-            "        try: u.urlopen(f\"http://node{{i}}:8000/\", timeout=10).read(); break\n"
-            "        except OSError: time.sleep(0.05)\n"
-            "    else: raise SystemExit(9)\n"
-            "'; echo status $?; df --output=used /dev/shm | tail -1; "
-            f"{v} down"
-        ).replace("{{", "{").replace("}}", "}")
+            (
+                f"{v} up && {v} run --all --detach -- {sys.executable} -m http.server 8000 && "
+                f"{v} run --all -- {sys.executable} -c '"
+                "import time, urllib.request as u\n"
+                "for i in range(8):\n"
+                "    for attempt in range(200):\n"
+                '        try: u.urlopen(f"http://node{{i}}:8000/", timeout=10).read(); break\n'
+                "        except OSError: time.sleep(0.05)\n"
+                "    else: raise SystemExit(9)\n"
+                "'; echo status $?; df --output=used /dev/shm | tail -1; "
+                f"{v} down"
+            )
+            .replace("{{", "{")
+            .replace("}}", "}")
+        )
         done = self.inside(script, "64m")
         assert "status 0" in done.stdout, done.stdout + done.stderr
 
