@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <net/if.h>
 #include <netinet/in.h>
-#include <netpacket/packet.h>
 #include <stdlib.h>
 #include <string.h>
 

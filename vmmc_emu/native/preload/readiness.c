@@ -137,8 +137,6 @@ void set_remove_all(struct instance *set) {
 
 /* ---- waking ---- */
 
-enum { FRESH_WAKERS = VMMC_WAKERS };
-
 /* Event descriptors for threads that sleep in the kernel's poll.  A thread has one to itself while it
  * sleeps: one that several drained would wake only one of them. */
 static struct {
@@ -269,9 +267,13 @@ static uint32_t would_report(struct item *item, struct socket_edges *edges, int 
   if (ready & EPOLLIN) ready |= EPOLLRDNORM;
   if (ready & EPOLLOUT) ready |= EPOLLWRNORM;
   ready &= (item->events & 0xffff) | EPOLLERR | EPOLLHUP;
-  if (ready && is_socket && item->events & EPOLLET && !item->fresh && edges->in == item->edges.in &&
-      (!(item->events & EPOLLOUT) || edges->out == item->edges.out))
-    return 0;
+  if (ready && is_socket && item->events & EPOLLET && !item->fresh) {
+    /* New bytes are no news to whom waits for room only, as in Linux; an end or an error is to everybody. */
+    bool in = edges->in != item->edges.in &&
+              (item->events & (EPOLLIN | EPOLLRDNORM | EPOLLRDBAND | EPOLLPRI) || ready & (EPOLLRDHUP | EPOLLHUP | EPOLLERR));
+    bool out = edges->out != item->edges.out && item->events & (EPOLLOUT | EPOLLWRNORM);
+    if (!in && !out) return 0;
+  }
   return ready;
 }
 

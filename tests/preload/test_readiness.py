@@ -1,0 +1,28 @@
+"""epoll, poll and select over VMMC sockets, compared with the kernel step by step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmmc_emu import Cluster
+
+PROGRAMS = Path(__file__).parent.parent / "programs"
+
+
+@pytest.mark.parametrize("seed", range(1, 13))
+def test_same_as_the_kernel(two_nodes: Cluster, seed: int) -> None:
+    command = [sys.executable, str(PROGRAMS / "readiness.py"), str(seed), "300"]
+    kernel = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    node = two_nodes.node(0).run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert node.stdout.splitlines() == kernel.stdout.splitlines()
+
+
+def test_blocked_calls_are_woken(two_nodes: Cluster) -> None:
+    done = two_nodes.node(0).run(
+        [sys.executable, str(PROGRAMS / "waiting.py")], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
