@@ -49,39 +49,30 @@ static bool is_ours(int domain, int type, int protocol) {
          (protocol == 0 || protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
 }
 
-/* Gives a socket its number; takes the reference over. */
-static int number_for(struct vsocket *s, int flags) {
-  int fd = descriptor_placeholder(flags & SOCK_CLOEXEC);
-  struct file *f = fd < 0 ? NULL : file_new(FILE_SOCKET, s, NULL);
-  if (!f) {
-    int error = errno;
-    if (fd >= 0) REAL(close)(fd);
-    socket_close(s);
-    socket_release(s);
-    errno = error;
-    return -1;
-  }
-  atomic_store_explicit(&f->nonblocking, (flags & SOCK_NONBLOCK) != 0, memory_order_relaxed);
-  if (descriptor_install(fd, f) < 0) {
-    int error = errno;
-    file_put(f);
-    REAL(close)(fd);
-    errno = error;
-    return -1;
-  }
-  return fd;
+/* Puts a socket under the placeholder `fd`, which is closed where that fails; takes the reference over. */
+static int number_for(struct vsocket *s, int fd, int flags) {
+  struct file *f = file_new(FILE_SOCKET, s, NULL);
+  if (f) atomic_store_explicit(&f->nonblocking, (flags & SOCK_NONBLOCK) != 0, memory_order_relaxed);
+  if (f && descriptor_install(fd, f) == 0) return fd;
+  int error = errno;
+  if (f) file_put(f);
+  else socket_close(s), socket_release(s);
+  REAL(close)(fd);
+  errno = error;
+  return -1;
 }
 
 INTERPOSE int socket(int domain, int type, int protocol) {
   if (!process_on_node) process_begin();
   if (!is_ours(domain, type, protocol)) return descriptor_fresh(REAL(socket)(domain, type, protocol));
   if (!process_is_ours()) process_forked();
+  int fd = descriptor_placeholder(type & SOCK_CLOEXEC);
+  if (fd < 0) return -1;
   struct vsocket *s = socket_new(domain);
-  if (!s) {
-    errno = ENOMEM;
-    return -1;
-  }
-  return number_for(s, type);
+  if (s) return number_for(s, fd, type);
+  REAL(close)(fd);
+  errno = ENOMEM;
+  return -1;
 }
 
 INTERPOSE int socketpair(int domain, int type, int protocol, int pair[2]) {
@@ -249,16 +240,30 @@ static int accept_call(int fd, struct sockaddr *address, socklen_t *length, int 
   SOCKET_OR(fd, descriptor_fresh(is_accept4 ? REAL(accept4)(fd, address, length, flags)
                                             : REAL(accept)(fd, address, length)));
   if (flags & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)) return finish(f, -EINVAL);
+  bool nonblocking = atomic_load(&f->nonblocking);
   struct vsocket *s = NULL;
-  int result = socket_accept(f->socket, atomic_load(&f->nonblocking), &s);
-  if (result < 0) return finish(f, result);
+  /* The number first, as in the kernel: without one the connection stays in the queue.  A look at an empty
+   * queue needs none. */
+  bool empty = nonblocking && !(socket_ready(f->socket) & EPOLLIN);
+  int number = empty ? -1 : descriptor_placeholder(flags & SOCK_CLOEXEC);
+  if (!empty && number < 0) return finish(f, -errno);
+  int result = socket_accept(f->socket, nonblocking, &s);
+  if (result == 0 && number < 0 && (number = descriptor_placeholder(flags & SOCK_CLOEXEC)) < 0) {
+    result = -errno; /* one arrived between the look and the call */
+    socket_close(s);
+    socket_release(s);
+  }
+  if (result < 0) {
+    if (number >= 0) REAL(close)(number);
+    return finish(f, result);
+  }
   struct sockaddr_storage peer;
   socklen_t peer_length = sizeof peer;
   if (address && socket_name(s, true, (struct sockaddr *)&peer, &peer_length) == 0) {
     memcpy(address, &peer, *length < peer_length ? *length : peer_length);
     *length = peer_length;
   }
-  result = number_for(s, flags);
+  result = number_for(s, number, flags);
   return finish(f, result < 0 ? -errno : result);
 }
 INTERPOSE int accept(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
