@@ -56,7 +56,9 @@ static uint8_t kernel_port[65536 / 8];
 
 static void complain(const char *text) {
   char line[256];
-  int n = snprintf(line, sizeof line, "vmmc: VMMC_KERNEL_PORTS: \"%.64s\" is no port or range of ports (like 80,8000-8010); ignored\n",
+  int n = snprintf(line, sizeof line,
+                   "vmmc: VMMC_KERNEL_PORTS: \"%.64s\" is no port or range of ports (like 80,8000-8010); "
+                   "ignored\n",
                    text);
   sys_call(SYS_write, 2, (long)line, n, 0, 0, 0);
 }
@@ -136,7 +138,9 @@ void address_write(const struct vmmc_address *from, int family, struct sockaddr 
   *length = size; /* the whole size, also when it was cut: accept(2) */
 }
 
-bool address_is_v4(const struct vmmc_address *address) { return memcmp(address->ip, v4_prefix, sizeof v4_prefix) == 0; }
+bool address_is_v4(const struct vmmc_address *address) {
+  return memcmp(address->ip, v4_prefix, sizeof v4_prefix) == 0;
+}
 
 static uint32_t v4_of(const struct vmmc_address *address) {
   const uint8_t *b = address->ip + 12;
@@ -215,7 +219,8 @@ enum socket_route socket_route_of(const struct sockaddr *address, socklen_t leng
   if (length < (socklen_t)sizeof address->sa_family) return ROUTE_KERNEL;
   sa_family_t family;
   memcpy(&family, &address->sa_family, sizeof family);
-  if ((family != AF_INET && family != AF_INET6) || address_read(address, length, family, &read)) return ROUTE_KERNEL;
+  if (family != AF_INET && family != AF_INET6) return ROUTE_KERNEL;
+  if (address_read(address, length, family, &read)) return ROUTE_KERNEL;
   return address_route(&read, node ? node : &unused);
 }
 

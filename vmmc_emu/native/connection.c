@@ -26,7 +26,8 @@ struct connection_view connection_view(const struct vsocket *s) {
   view.status = atomic_load_explicit(&n->status, memory_order_acquire);
   /* A passive slot's half is the NIC's before it is ours; an active one's is still the last user's until
    * the NIC has looked. */
-  if (phase == SOCKET_CONNECTING && atomic_load_explicit(&n->generation, memory_order_acquire) != s->generation)
+  if (phase == SOCKET_CONNECTING &&
+      atomic_load_explicit(&n->generation, memory_order_acquire) != s->generation)
     view.status = 0;
   view.connected = phase == SOCKET_CONNECTED || (view.status & VMMC_CONNECTED);
   view.dead = view.status & VMMC_ERRNO_MASK;
@@ -70,7 +71,8 @@ int connection_words(struct vsocket *s, bool receive, struct wait_word words[CON
 void connection_wake_local(struct vsocket *s) {
   /* seq_cst against the sleeper's announcement: see wait.c */
   atomic_fetch_add(&s->local_wake, 1);
-  if (atomic_load(&s->local_asleep)) sys_call(SYS_futex, (long)&s->local_wake, FUTEX_WAKE, INT32_MAX, 0, 0, 0);
+  if (atomic_load(&s->local_asleep))
+    sys_call(SYS_futex, (long)&s->local_wake, FUTEX_WAKE, INT32_MAX, 0, 0, 0);
 }
 
 uint64_t connection_deadline(uint64_t timeout_ns) {
@@ -301,7 +303,8 @@ int socket_accept(struct vsocket *s, bool nonblocking, struct vsocket **out) {
 /* ---- connect ---- */
 
 /* The own address for a connection to `peer` on `node`. */
-static struct vmmc_address source_for(const struct vsocket *s, const struct vmmc_address *peer, uint32_t node) {
+static struct vmmc_address source_for(const struct vsocket *s, const struct vmmc_address *peer,
+                                      uint32_t node) {
   struct vmmc_address local = *peer;
   local.port = s->bound ? s->local.port : 0;
   if (s->bound && !address_is_wildcard(&s->local))
@@ -415,7 +418,8 @@ int socket_connect(struct vsocket *s, const struct sockaddr *address, socklen_t 
 
   struct wait_word words[CONNECTION_WORDS];
   int count = connection_words(s, false, words);
-  error = wait_until(words, count, connect_decided, s, connection_deadline(s->send_timeout_ns), s->send_timeout_ns != 0);
+  error = wait_until(words, count, connect_decided, s, connection_deadline(s->send_timeout_ns),
+                     s->send_timeout_ns != 0);
   if (error == -ETIMEDOUT) return pending;
   if (error) return error; /* a handler ran: it goes on in the background */
   control_begin(s);

@@ -68,13 +68,14 @@ static const struct kept_option {
   { IPPROTO_IPV6, IPV6_UNICAST_HOPS, 64, false },
   { IPPROTO_IPV6, IPV6_RECVERR, 0, true },
 };
-_Static_assert(sizeof kept_options / sizeof *kept_options <= sizeof((struct vsocket *)0)->kept / sizeof(int32_t),
+enum { KEPT_OPTIONS = sizeof kept_options / sizeof *kept_options };
+_Static_assert(KEPT_OPTIONS <= sizeof((struct vsocket *)0)->kept / sizeof(int32_t),
                "every kept option has its place in the socket");
 
 static int kept_index(const struct vsocket *s, int level, int name) {
   if (level == IPPROTO_IPV6 && s->family != AF_INET6) return -1;
-  for (size_t i = 0; i < sizeof kept_options / sizeof *kept_options; i++)
-    if (kept_options[i].level == level && kept_options[i].name == name) return (int)i;
+  for (int i = 0; i < KEPT_OPTIONS; i++)
+    if (kept_options[i].level == level && kept_options[i].name == name) return i;
   return -1;
 }
 
@@ -93,7 +94,9 @@ static int give(const void *from, socklen_t size, void *value, socklen_t *length
   return 0;
 }
 
-static int give_int(int number, void *value, socklen_t *length) { return give(&number, sizeof number, value, length); }
+static int give_int(int number, void *value, socklen_t *length) {
+  return give(&number, sizeof number, value, length);
+}
 
 /* struct timeval and the 64-bit time of SO_RCVTIMEO_NEW are the same on 64-bit machines. */
 static int take_timeout(const void *value, socklen_t length, uint64_t *ns) {
@@ -105,8 +108,11 @@ static int take_timeout(const void *value, socklen_t length, uint64_t *ns) {
     *ns = 1; /* Linux: no waiting at all */
     return 0;
   }
-  /* Longer than a thousand years is for ever. */
-  *ns = (uint64_t)t.tv_sec > UINT64_MAX / 2000000000u ? 0 : (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_usec * 1000;
+  /* Longer than a hundred years is for ever. */
+  if ((uint64_t)t.tv_sec > UINT64_MAX / 2000000000u)
+    *ns = 0;
+  else
+    *ns = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_usec * 1000;
   return 0;
 }
 
@@ -139,7 +145,8 @@ static int set_receive_buffer(struct vsocket *s, int bytes) {
   if (bytes < RECEIVE_BUFFER_MIN / 2) bytes = RECEIVE_BUFFER_MIN / 2;
   s->receive_buffer = (uint32_t)bytes;
   if (s->generation)
-    atomic_store_explicit(&app_slot(s->endpoint, s->slot)->receive_window, (uint32_t)bytes, memory_order_relaxed);
+    atomic_store_explicit(&app_slot(s->endpoint, s->slot)->receive_window, s->receive_buffer,
+                          memory_order_relaxed);
   return 0;
 }
 
@@ -160,8 +167,10 @@ static int set_linger(struct vsocket *s, const void *value, socklen_t length) {
 static int set_socket_level(struct vsocket *s, int name, const void *value, socklen_t length) {
   int number;
   if (name == SO_LINGER) return set_linger(s, value, length);
-  if (name == SO_RCVTIMEO || name == OPTION_SO_RCVTIMEO_NEW) return take_timeout(value, length, &s->receive_timeout_ns);
-  if (name == SO_SNDTIMEO || name == OPTION_SO_SNDTIMEO_NEW) return take_timeout(value, length, &s->send_timeout_ns);
+  if (name == SO_RCVTIMEO || name == OPTION_SO_RCVTIMEO_NEW)
+    return take_timeout(value, length, &s->receive_timeout_ns);
+  if (name == SO_SNDTIMEO || name == OPTION_SO_SNDTIMEO_NEW)
+    return take_timeout(value, length, &s->send_timeout_ns);
   int error = take_int(value, length, &number);
   if (error) return error;
   switch (name) {
@@ -256,8 +265,10 @@ static int get_socket_level(struct vsocket *s, int name, void *value, socklen_t 
     case SO_REUSEADDR: return give_int((s->bind_flags & VMMC_BIND_REUSEADDR) != 0, value, length);
     case SO_REUSEPORT: return give_int((s->bind_flags & VMMC_BIND_REUSEPORT) != 0, value, length);
     /* Linux counts its own overhead: what it tells is twice what it was told. */
-    case SO_RCVBUF: return give_int(s->receive_buffer ? (int)s->receive_buffer * 2 : RECEIVE_BUFFER_DEFAULT, value, length);
-    case SO_SNDBUF: return give_int(s->send_buffer ? (int)s->send_buffer * 2 : SEND_BUFFER_DEFAULT, value, length);
+    case SO_RCVBUF:
+      return give_int(s->receive_buffer ? (int)s->receive_buffer * 2 : RECEIVE_BUFFER_DEFAULT, value, length);
+    case SO_SNDBUF:
+      return give_int(s->send_buffer ? (int)s->send_buffer * 2 : SEND_BUFFER_DEFAULT, value, length);
     case SO_RCVLOWAT: return give_int((int)s->low_water, value, length);
     case SO_SNDLOWAT: return give_int(1, value, length);
     case SO_RCVTIMEO:
@@ -279,7 +290,8 @@ static int get_socket_level(struct vsocket *s, int name, void *value, socklen_t 
 static int get_tcp_level(struct vsocket *s, int name, void *value, socklen_t *length) {
   static const char congestion[16] = "vmmc"; /* TCP_CA_NAME_MAX */
   switch (name) {
-    case TCP_MAXSEG: return give_int(connection_view(s).connected ? SEGMENT : SEGMENT_UNCONNECTED, value, length);
+    case TCP_MAXSEG:
+      return give_int(connection_view(s).connected ? SEGMENT : SEGMENT_UNCONNECTED, value, length);
     case TCP_WINDOW_CLAMP: return give_int(VMMC_RING, value, length);
     case TCP_INFO: return get_tcp_info(s, value, length);
     case TCP_CONGESTION: return give(congestion, sizeof congestion, value, length);
@@ -312,7 +324,8 @@ static uint64_t bytes_waiting(const struct vsocket *s) {
 }
 
 static uint64_t bytes_unsent(const struct vsocket *s) {
-  uint64_t transmitted = atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->transmitted, memory_order_acquire);
+  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+  uint64_t transmitted = atomic_load_explicit(&n->transmitted, memory_order_acquire);
   uint64_t written = atomic_load_explicit(&app_slot(s->endpoint, s->slot)->written, memory_order_relaxed);
   return written > transmitted ? written - transmitted : 0;
 }

@@ -12,8 +12,8 @@
 #include <sys/mman.h>
 
 enum {
-  REAP_LOOKS = 8,                  /* slots given back that are looked at when one is needed */
-  SPARE_RINGS_BYTES = 4 << 20,     /* rings of slots out of use keep their pages up to this many bytes in all */
+  REAP_LOOKS = 8,              /* slots given back that are looked at when one is needed */
+  SPARE_RINGS_BYTES = 4 << 20, /* rings of slots out of use keep their pages up to this many bytes in all */
   SLOTS_PER_PAGE = VMMC_PAGE / sizeof(struct vmmc_app_slot),
 };
 
@@ -47,7 +47,8 @@ static struct slots *slots_make(struct endpoint *e) {
   pthread_mutex_lock(&making);
   made = slots_of(e);
   if (!made) {
-    made = mmap(NULL, sizeof *made, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    made = mmap(NULL, sizeof *made, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (made == MAP_FAILED) {
       made = NULL;
     } else {
@@ -200,7 +201,8 @@ int slot_adopt(struct vsocket *s, struct endpoint *e, struct vmmc_accept_entry e
 struct vsocket *slot_holder(struct endpoint *e, uint32_t slot) {
   struct slots *slots = slots_of(e);
   /* acquire: a holder that is found is filled */
-  return slots && slot < VMMC_SLOTS ? atomic_load_explicit(&slots->memory[slot].socket, memory_order_acquire) : NULL;
+  if (!slots || slot >= VMMC_SLOTS) return NULL;
+  return atomic_load_explicit(&slots->memory[slot].socket, memory_order_acquire);
 }
 
 void slots_before_fork(void) { pthread_mutex_lock(&making); }

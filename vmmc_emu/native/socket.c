@@ -96,7 +96,8 @@ void socket_hold(struct vsocket *s) { atomic_fetch_add_explicit(&s->references, 
 static bool try_hold(struct vsocket *s) {
   uint32_t n = atomic_load_explicit(&s->references, memory_order_relaxed);
   while (n)
-    if (atomic_compare_exchange_weak_explicit(&s->references, &n, n + 1, memory_order_acquire, memory_order_relaxed))
+    if (atomic_compare_exchange_weak_explicit(&s->references, &n, n + 1, memory_order_acquire,
+                                              memory_order_relaxed))
       return true;
   return false;
 }
@@ -142,7 +143,8 @@ void socket_release(struct vsocket *s) {
   uint32_t n = atomic_load_explicit(&s->references, memory_order_acquire);
   do {
     if (n == 1) end(s);
-  } while (!atomic_compare_exchange_weak_explicit(&s->references, &n, n - 1, memory_order_acq_rel, memory_order_acquire));
+  } while (!atomic_compare_exchange_weak_explicit(&s->references, &n, n - 1, memory_order_acq_rel,
+                                                  memory_order_acquire));
   if (n != 1) return;
   pthread_mutex_lock(&pool_lock);
   s->next_free = pool_free;

@@ -85,14 +85,14 @@ static void copy_from_ring(const char *ring, uint64_t position, struct pieces *t
 }
 
 /* Threads of this process share the endpoint's counters; a single one needs no locked instruction. */
-#define COUNT_APP(s, name, n)                                                              \
-  do {                                                                                     \
-    _Atomic uint64_t *counter_ = &app_header((s)->endpoint)->counters.name;                \
-    if (__libc_single_threaded)                                                            \
-      atomic_store_explicit(counter_, atomic_load_explicit(counter_, memory_order_relaxed) + (n), memory_order_relaxed); \
-    else                                                                                   \
-      atomic_fetch_add_explicit(counter_, (n), memory_order_relaxed);                      \
-  } while (0)
+static void count(_Atomic uint64_t *counter, uint64_t n) {
+  if (__libc_single_threaded)
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n,
+                          memory_order_relaxed);
+  else
+    atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+#define COUNT_APP(s, name, n) count(&app_header((s)->endpoint)->counters.name, n)
 
 /* ---- send ---- */
 
@@ -165,8 +165,9 @@ static ssize_t send_some(struct vsocket *s, struct pieces *from, size_t length) 
 }
 
 static void note_full(struct vsocket *s) {
-  atomic_store_explicit(&s->full_at, atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->limit, memory_order_relaxed),
-                        memory_order_relaxed);
+  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+  uint64_t limit = atomic_load_explicit(&n->limit, memory_order_relaxed);
+  atomic_store_explicit(&s->full_at, limit, memory_order_relaxed);
 }
 
 ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, int flags) {
@@ -179,7 +180,8 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
     pthread_mutex_lock(&s->send_lock);
     ssize_t n = send_obstacle(s);
     /* Nothing to send is not kept waiting. */
-    if (n == 0 || (n == -EAGAIN && !length && connection_view(s).connected)) n = send_some(s, &from, length - sent);
+    if (n == 0 || (n == -EAGAIN && !length && connection_view(s).connected))
+      n = send_some(s, &from, length - sent);
     if (n == -EAGAIN && s->generation) note_full(s);
     pthread_mutex_unlock(&s->send_lock);
     if (n >= 0) {
@@ -196,7 +198,8 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
     if (flags & MSG_DONTWAIT) return sent ? (ssize_t)sent : -EAGAIN;
     if (!deadline) deadline = connection_deadline(s->send_timeout_ns);
     struct wait_word words[CONNECTION_WORDS];
-    int waited = wait_until(words, connection_words(s, false, words), can_send, s, deadline, s->send_timeout_ns != 0);
+    int waited = wait_until(words, connection_words(s, false, words), can_send, s, deadline,
+                            s->send_timeout_ns != 0);
     if (waited) return sent ? (ssize_t)sent : waited == -ETIMEDOUT ? -EAGAIN : waited;
   }
 }
@@ -249,8 +252,9 @@ static uint64_t first_window(const struct vsocket *s) {
 /* `n` more bytes are read.  receive_lock is held. */
 static void consume(struct vsocket *s, uint64_t n) {
   struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
+  const struct vmmc_nic_slot *nic = nic_slot(s->endpoint, s->slot);
   uint64_t consumed = atomic_load_explicit(&a->consumed, memory_order_relaxed);
-  uint64_t waiting = atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->placed, memory_order_relaxed) - consumed;
+  uint64_t waiting = atomic_load_explicit(&nic->placed, memory_order_relaxed) - consumed;
   if (waiting > s->outstanding) s->outstanding = waiting;
   consumed += n;
   /* release: the bytes were copied out before the NIC may overwrite them */
@@ -273,7 +277,8 @@ struct redirected_receive {
 };
 
 /* Posts the address, when it lies in the heap.  receive_lock is held. */
-static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char *destination, uint64_t length) {
+static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char *destination,
+                          uint64_t length) {
   if (!heap_hold(s->endpoint, destination, length, &r->offset)) return false;
   struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
   r->socket = s;
@@ -292,11 +297,13 @@ static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char 
 }
 
 static uint64_t redirect_consumed(const struct redirected_receive *r) {
-  return atomic_load_explicit(&app_slot(r->socket->endpoint, r->socket->slot)->consumed, memory_order_relaxed);
+  const struct vmmc_app_slot *a = app_slot(r->socket->endpoint, r->socket->slot);
+  return atomic_load_explicit(&a->consumed, memory_order_relaxed);
 }
 
 /* Which of the bytes [at, end), all of them placed, went to the posted address: [*from, *to). */
-static void redirect_told(const struct redirected_receive *r, uint64_t at, uint64_t end, uint64_t *from, uint64_t *to) {
+static void redirect_told(const struct redirected_receive *r, uint64_t at, uint64_t end, uint64_t *from,
+                          uint64_t *to) {
   const struct vmmc_nic_slot *nic = nic_slot(r->socket->endpoint, r->socket->slot);
   *from = *to = end;
   /* acquire: the NIC stores the bounds first and the generation that they belong to last */
@@ -379,8 +386,8 @@ static void redirect_end(struct redirected_receive *r, bool read_rest) {
 static void redirect_cancelled(void *context) { redirect_end(context, false); }
 
 /* Waits with the address posted, then takes it back.  What wait_until says; *arrived bytes were read. */
-__attribute__((noinline)) static int redirect_wait(struct redirected_receive *r, uint64_t deadline, bool timed,
-                                                   uint64_t *arrived) {
+__attribute__((noinline)) static int
+redirect_wait(struct redirected_receive *r, uint64_t deadline, bool timed, uint64_t *arrived) {
   struct wait_word words[CONNECTION_WORDS];
   volatile int waited = 0; /* the push may be a setjmp */
   int count = connection_words(r->socket, true, words);
@@ -432,8 +439,10 @@ static void receive_some(struct receive *r, uint64_t waiting) {
  * receive_lock is held. */
 static void receive_prepare(struct receive *r, uint64_t waiting) {
   if (r->flags & (MSG_PEEK | MSG_TRUNC)) return;
-  if (r->to.count == 1 && r->length)
-    r->redirecting = redirect_post(r->socket, &r->redirect, (char *)r->to.vector->iov_base + r->to.offset, r->length - r->got);
+  if (r->to.count == 1 && r->length) {
+    char *destination = (char *)r->to.vector->iov_base + r->to.offset;
+    r->redirecting = redirect_post(r->socket, &r->redirect, destination, r->length - r->got);
+  }
   if (r->redirecting)
     r->redirect.target = receive_target(r);
   else if (r->flags & MSG_WAITALL)
@@ -485,7 +494,8 @@ static int receive_wait(struct receive *r, uint64_t deadline) {
 ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count, int flags) {
   if (flags & MSG_OOB) return -EINVAL; /* as Linux, when no urgent data is there: here it never is */
   if (!connection_usable(s)) return -EBADF;
-  struct receive r = { .socket = s, .to = { vector, count, 0 }, .length = pieces_length(vector, count), .flags = flags };
+  struct receive r = { .socket = s, .to = { vector, count, 0 }, .flags = flags };
+  r.length = pieces_length(vector, count);
   uint64_t deadline = 0; /* read from the clock only when it is needed */
   for (;;) {
     uint64_t target = receive_target(&r);
@@ -541,7 +551,8 @@ struct socket_edges socket_edges(struct vsocket *s) {
   if (!s->generation || !connection_usable(s)) return (struct socket_edges){ 0, atomic_load(&s->phase) };
   const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
   struct connection_view view = connection_view(s);
-  uint64_t state = view.status * 0x9e3779b97f4a7c15u + atomic_load_explicit(&s->shut, memory_order_relaxed) * 0xc2b2ae3d27d4eb4fu;
+  uint64_t shut = atomic_load_explicit(&s->shut, memory_order_relaxed);
+  uint64_t state = view.status * 0x9e3779b97f4a7c15u + shut * 0xc2b2ae3d27d4eb4fu;
   uint64_t full_at = atomic_load_explicit(&s->full_at, memory_order_relaxed);
   bool room_since = atomic_load_explicit(&n->limit, memory_order_acquire) > full_at;
   return (struct socket_edges){

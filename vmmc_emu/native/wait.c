@@ -73,14 +73,15 @@ static int sleep_in_slices(const struct waiter *waiters, int count, uint64_t dea
   (void)count;
   struct timespec until = time_of(slice < deadline_ns ? slice : deadline_ns);
   /* FUTEX_WAIT_BITSET takes an absolute time, of CLOCK_MONOTONIC */
-  long r = sys_call(SYS_futex, (long)waiters[0].address, FUTEX_WAIT_BITSET, (long)waiters[0].value, (long)&until, 0,
-                    (long)FUTEX_BITSET_MATCH_ANY);
+  long r = sys_call(SYS_futex, (long)waiters[0].address, FUTEX_WAIT_BITSET, (long)waiters[0].value,
+                    (long)&until, 0, (long)FUTEX_BITSET_MATCH_ANY);
   return r == -EINTR ? -EINTR : 0;
 }
 
 /* 0 whenever it is worth looking again, or -EINTR. */
 static int sleep_on(const struct waiter *waiters, int count, uint64_t deadline_ns) {
-  if (atomic_load_explicit(&no_waitv, memory_order_relaxed)) return sleep_in_slices(waiters, count, deadline_ns);
+  if (atomic_load_explicit(&no_waitv, memory_order_relaxed))
+    return sleep_in_slices(waiters, count, deadline_ns);
   struct timespec until = time_of(deadline_ns);
   long r = sys_call(SYS_futex_waitv, (long)waiters, count, 0, deadline_ns == WAIT_FOREVER ? 0 : (long)&until,
                     CLOCK_MONOTONIC, 0);
@@ -95,8 +96,9 @@ static void count_sleep(void) {
 
 /* Announces, looks again, sleeps.  0: look; -EINTR: the kernel says that a handler without SA_RESTART ran.
  * Not inlined: pthread_cleanup_push may be a setjmp, after which only volatile locals keep their values. */
-__attribute__((noinline)) static int sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void *context,
-                      struct wait_signals since, uint64_t deadline_ns, bool timed_call) {
+__attribute__((noinline)) static int
+sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void *context,
+           struct wait_signals since, uint64_t deadline_ns, bool timed_call) {
   struct waiter waiters[WORDS_MAX + 1];
   struct sleep sleep = { words, count };
   volatile int result = 0;
