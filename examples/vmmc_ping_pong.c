@@ -1,7 +1,8 @@
 /*
  * VMMC from C: two processes put 8 bytes into each other's memory in turn, each put with a notification.
  *
- *   export PKG_CONFIG_PATH=$(python3 -c "from vmmc_emu.paths import *; print(native_directory() / 'pkgconfig')")
+ *   native=$(python3 -c "from vmmc_emu import paths; print(paths.native_directory())")
+ *   export PKG_CONFIG_PATH=$native/pkgconfig
  *   cc -o ping_pong vmmc_ping_pong.c $(pkg-config --cflags --libs vmmc)
  *   vmmc-emu up --nodes 2
  *   vmmc-emu run --node 0,1 -- ./ping_pong

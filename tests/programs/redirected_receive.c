@@ -2,8 +2,8 @@
  *
  *   redirected_receive PORT CHUNK ROUNDS [ordinary]
  *
- * Accepts one connection and reads ROUNDS times CHUNK bytes, each with MSG_WAITALL at a place of its own in a
- * buffer from vmmc_alloc (or malloc, when told so); writes all of it to stdout.  Before each read it waits for
+ * Accepts one connection and reads ROUNDS times CHUNK bytes, each with MSG_WAITALL at a place of its own
+ * in a buffer from vmmc_alloc (or malloc, when told so); writes all of it to stdout.  Before each read it waits for
  * a byte on stdin, so that a test decides what has arrived by then. */
 #include <errno.h>
 #include <netinet/in.h>

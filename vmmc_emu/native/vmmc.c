@@ -68,7 +68,8 @@ struct call {
 
 static bool call_is_over(void *context) {
   struct call *call = context;
-  call->is_ready = call->ready(call->context);
+  /* Once is enough: what is ready may have been taken by the look that found it. */
+  if (!call->is_ready) call->is_ready = call->ready(call->context);
   return call->is_ready || atomic_load_explicit(&call->v->ended, memory_order_acquire);
 }
 
