@@ -253,7 +253,9 @@ class Transfer:
             return
         try:
             _patient(
-                lambda left: lib.vmmc_wait(self._attachment.pointer, self._number, left), timeout_ms, self._what
+                lambda left: lib.vmmc_wait(self._attachment.pointer, self._number, left),
+                timeout_ms,
+                self._what,
             )
         except TimeoutError:
             raise
@@ -292,7 +294,9 @@ class Import:
         self.permissions: int = imported.permissions
         self._what = what
 
-    def post_send(self, source: Memory, remote_offset: int = 0, *, notify: bool = False, tag: int = 0) -> Transfer:
+    def post_send(
+        self, source: Memory, remote_offset: int = 0, *, notify: bool = False, tag: int = 0
+    ) -> Transfer:
         """Begins to send `source` to [remote_offset, …) of the buffer, and returns at once."""
         view = _view(source)
         what = f"cannot send {len(view)} bytes to offset {remote_offset} of {self._what}"
@@ -306,7 +310,9 @@ class Import:
         """Begins to fill `destination` from [remote_offset, …) of the buffer, and returns at once."""
         view = _view(destination)
         what = f"cannot fetch {len(view)} bytes from offset {remote_offset} of {self._what}"
-        number = lib.vmmc_post_fetch(self._attachment.pointer, self.id, _address(view), len(view), remote_offset)
+        number = lib.vmmc_post_fetch(
+            self._attachment.pointer, self.id, _address(view), len(view), remote_offset
+        )
         return Transfer(self._attachment, _check(number, what), view, what)
 
     def send(
@@ -430,7 +436,7 @@ class Export:
         self._callback = callback  # lives as long as the library may call it
 
     def redirect(self, destination: Memory, offset: int = 0) -> Redirection:
-        """Posts a redirection: bytes sent to [offset, …) go to `destination` instead, as far as it reaches."""
+        """Has bytes sent to [offset, …) go to `destination` instead, as far as it reaches."""
         return Redirection(self, _view(destination), offset)
 
     def __enter__(self) -> Export:
@@ -480,7 +486,9 @@ class Endpoint:
         else:
             text = name.encode()
             _patient(
-                lambda left: lib.vmmc_import(pointer, node, text, told, left), timeout_ms, f"cannot import {what}"
+                lambda left: lib.vmmc_import(pointer, node, text, told, left),
+                timeout_ms,
+                f"cannot import {what}",
             )
         return Import(self, told, what)
 
