@@ -225,7 +225,10 @@ def test_down_after_everything_was_killed(cli: Cli, segments: Segments) -> None:
     programs = {p["pid"] for p in json.loads(cli.ok("ps", "--json"))["programs"]}
     supervisor = json.loads(cli.ok("status", "--json"))["supervisor_pid"]
     found = pids(cli)
-    for pid in [supervisor, *(found - {supervisor}), *programs]:
+    everything = [supervisor, *(found - {supervisor}), *programs]
+    for pid in everything:
+        os.kill(pid, signal.SIGSTOP)  # none may bring another back before its own turn comes
+    for pid in everything:
         os.kill(pid, signal.SIGKILL)
     wait_gone(found | programs)
     assert segments(cli.cluster)
