@@ -483,7 +483,9 @@ static void transmit_established(struct endpoint *e, uint32_t slot, struct link 
     link_push(link);
     c->state = CONNECTION_CLOSING;
   } else if ((h.shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN)) {
-    say(link, e, slot, PACKET_FIN);
+    /* With the credit of the moment, as every packet of an open stream: this may be the last one. */
+    uint64_t limit = connection_credit(e, slot);
+    say(link, e, slot, PACKET_FIN)->limit = limit;
     link_push(link);
     c->flags |= SAID_FIN;
   } else if (credit_due(e, slot)) {
@@ -618,6 +620,7 @@ void connection_packet(struct link *link, const struct packet *p) {
       if (live) take_limit(e, slot, p->limit);
       break;
     case PACKET_FIN:
+      if (live) take_limit(e, slot, p->limit);
       if (!live || (c->flags & HEARD_FIN)) break;
       c->flags |= HEARD_FIN;
       set_status(e, slot, VMMC_END_OF_FILE);

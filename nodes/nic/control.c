@@ -16,7 +16,8 @@ static void on_message(int signal_number) {
 }
 
 void control_start(int fd) {
-  struct sigaction action = { .sa_handler = on_message, .sa_flags = SA_RESTART };
+  /* No SA_RESTART: a sleeping NIC returns from its sleep and looks. */
+  struct sigaction action = { .sa_handler = on_message };
   sigaction(SIGIO, &action, NULL);
   nic.control_fd = fd;
   fcntl(fd, F_SETOWN, getpid());

@@ -14,7 +14,7 @@ enum packet_type {
   PACKET_RETRY,    /* to a node, not a connection: its BUSY connections may ask again */
   PACKET_DATA,     /* position, length: bytes in the sender's transmit ring; limit */
   PACKET_CREDIT,   /* limit, position: consumed */
-  PACKET_FIN,      /* position: the stream's end */
+  PACKET_FIN,      /* position: the stream's end; limit */
   PACKET_CLOSE,    /* the same, and the sender reads no more; answered by CLOSED */
   PACKET_RESET,    /* the connection is dead; answered by CLOSED when `flags` asks */
   PACKET_CLOSED,   /* nothing of the connection is left here that could refer to yours */

@@ -34,8 +34,12 @@ static pthread_mutex_t attach_lock = PTHREAD_MUTEX_INITIALIZER;
 static void (*fork_hook)(void);
 
 /* 1 in the process that attached; the kernel zeroes it in a child (MADV_WIPEONFORK). */
-static unsigned char unattached;
-static volatile unsigned char *mark = &unattached;
+static _Atomic unsigned char unattached;
+static _Atomic(_Atomic unsigned char *) mark = &unattached;
+
+/* The mark's page is made once (acquire: its zero is seen), and its byte is a flag of this process alone:
+ * what goes with it is ordered by `current`. */
+static _Atomic unsigned char *mark_of(void) { return atomic_load_explicit(&mark, memory_order_acquire); }
 
 /* A bit for each private descriptor, by its number. */
 static _Atomic uint64_t private_bits[PRIVATE_END / 64];
@@ -244,7 +248,8 @@ int endpoint_attach(const char *socket_path, bool visitor, struct endpoint **out
 
 void endpoint_detach(struct endpoint *e) {
   struct endpoint *expected = e;
-  if (atomic_compare_exchange_strong(&current, &expected, NULL)) *mark = 0;
+  if (atomic_compare_exchange_strong(&current, &expected, NULL))
+    atomic_store_explicit(mark_of(), 0, memory_order_relaxed);
   endpoint_private_close(e->attach_fd);
   unmap(e);
   free(e);
@@ -261,7 +266,7 @@ int endpoint_give_waker(struct endpoint *e, uint32_t number, int eventfd) {
 static void forget(bool close_descriptors) {
   struct endpoint *e = atomic_load_explicit(&current, memory_order_relaxed);
   atomic_store_explicit(&current, NULL, memory_order_relaxed);
-  *mark = 0;
+  atomic_store_explicit(mark_of(), 0, memory_order_relaxed);
   for (int word = 0; word < PRIVATE_END / 64; word++) {
     if (!atomic_load_explicit(&private_bits[word], memory_order_relaxed)) continue;
     uint64_t bits = atomic_exchange_explicit(&private_bits[word], 0, memory_order_relaxed);
@@ -286,12 +291,12 @@ static void after_fork_in_child(void) {
 
 void endpoint_on_fork(void (*hook)(void)) { fork_hook = hook; }
 
-bool endpoint_is_ours(void) { return *mark; }
+bool endpoint_is_ours(void) { return atomic_load_explicit(mark_of(), memory_order_relaxed); }
 
 struct endpoint *endpoint_current(void) {
   /* acquire: whoever finds the endpoint finds it filled */
   struct endpoint *e = atomic_load_explicit(&current, memory_order_acquire);
-  return *mark ? e : NULL;
+  return endpoint_is_ours() ? e : NULL;
 }
 
 /* Once a process: the page that forks wipe, and the handlers.  0 or -errno. */
@@ -306,7 +311,7 @@ static int watch_forks(void) {
     munmap(page, VMMC_PAGE);
     return -error;
   }
-  mark = page;
+  atomic_store_explicit(&mark, page, memory_order_release);
   watching = true;
   return 0;
 }
@@ -322,7 +327,7 @@ static int attach_default(void) {
   int error = watch_forks();
   if (!error) error = endpoint_attach(path, false, &e);
   if (error) return error;
-  *mark = 1;
+  atomic_store_explicit(mark_of(), 1, memory_order_relaxed);
   /* release: see endpoint_current */
   atomic_store_explicit(&current, e, memory_order_release);
   return 0;
