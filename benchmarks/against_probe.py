@@ -49,7 +49,7 @@ def program(path: Path) -> dict[str, float]:
 
 
 def sends_and_copies(cluster: Cluster) -> dict[str, float]:
-    """GB/s of VMMC sends of 1 MiB, several under way and one at a time, and of memcpy between the same pages."""
+    """GB/s of VMMC sends of 1 MiB, several under way or one at a time, and of memcpy on the same pages."""
     command = [str(native_file("vmmc-bench-vmmc")), cluster.name, "--rounds", "1", "--seconds", "0.5"]
     said = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
     return {f"{name}_gb_s": said[name] / 1e9 for name in ("send", "blocking", "memcpy")}

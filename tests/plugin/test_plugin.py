@@ -77,7 +77,7 @@ def test_side_by_side(suite: pytest.Pytester) -> None:
         @pytest.mark.parametrize("number", range(4))
         def test_same_port(vmmc_cluster, number):
             cluster = vmmc_cluster(nodes=2)
-            program = "import socket as s; l = s.create_server(('', 5000)); l.accept()[0].sendall(b'%d')" % number
+            program = "from socket import *; create_server(('', 5000)).accept()[0].sendall(b'%d')" % number
             server = cluster.node(0).popen([sys.executable, "-c", program])
             cluster.node(0).wait_for_port(5000)
             client = "import socket; print(socket.create_connection(('node0', 5000)).recv(10).decode())"

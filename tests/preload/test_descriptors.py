@@ -119,7 +119,7 @@ assert server.recv(100) == b"untouched"
 
 def test_only_the_nodes_interfaces(two_nodes: Cluster) -> None:
     code = "import psutil; print({n: [a.address for a in l] for n, l in psutil.net_if_addrs().items()})"
-    done = two_nodes.node(1).run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == (
-        "{'lo': ['127.0.0.1', '::1'], 'vmmc0': ['198.18.0.2', 'fd00:766d:6d63::2']}\n"
+    done = two_nodes.node(1).run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
+    assert done.stdout == ("{'lo': ['127.0.0.1', '::1'], 'vmmc0': ['198.18.0.2', 'fd00:766d:6d63::2']}\n")

@@ -23,6 +23,10 @@ def test_same_as_the_kernel(two_nodes: Cluster, seed: int) -> None:
 
 def test_blocked_calls_are_woken(two_nodes: Cluster) -> None:
     done = two_nodes.node(0).run(
-        [sys.executable, str(PROGRAMS / "waiting.py")], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(PROGRAMS / "waiting.py")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -21,6 +21,7 @@ import struct
 import sys
 import termios
 import time
+from collections.abc import Callable
 
 FLAGS = {
     "IN": select.EPOLLIN,
@@ -40,7 +41,7 @@ def spell(events: int) -> str:
     return "|".join(name for name, bit in FLAGS.items() if events & bit) or "-"
 
 
-def settle(condition) -> None:
+def settle(condition: Callable[[], bool]) -> None:
     """Waits until what a step must bring about has come about."""
     end = time.monotonic() + TIMEOUT_S
     while not condition():
@@ -62,7 +63,8 @@ class Side:
         self.reset = False  # by the peer: what is left to read does not matter any more
 
     def waiting(self) -> int:
-        return struct.unpack("i", fcntl.ioctl(self.sock.fileno(), termios.FIONREAD, b"\0\0\0\0"))[0]
+        count: int = struct.unpack("i", fcntl.ioctl(self.sock.fileno(), termios.FIONREAD, b"\0\0\0\0"))[0]
+        return count
 
     def over(self) -> bool:
         """Both ends of the stream have been sent: what TCP makes of a call then is not of interest here."""
@@ -120,7 +122,11 @@ class Run:
     def step(self) -> None:
         open_sides = [side for side in self.sides if not side.closed and not side.reset]
         name = self.random.choice(
-            "send send send recv recv recv_all ctl ctl ctl wait wait wait wait poll select shutdown close fill_pipe nest".split()
+            3 * ["send"]
+            + 2 * ["recv"]
+            + 3 * ["ctl"]
+            + 4 * ["wait"]
+            + ["recv_all", "poll", "select", "shutdown", "close", "fill_pipe", "nest"]
         )
         getattr(self, name)(self.random.choice(open_sides) if open_sides else None)
         for side in self.sides:
@@ -176,7 +182,9 @@ class Run:
 
     def wait(self, _: Side | None) -> None:
         which = self.random.randrange(2)
-        found = sorted((self.names.get(fd, "epoll"), spell(events)) for fd, events in self.epolls[which].poll(0, 64))
+        found = sorted(
+            (self.names.get(fd, "epoll"), spell(events)) for fd, events in self.epolls[which].poll(0, 64)
+        )
         self.say("epoll_wait", which, sorted(set(found)))
 
     def poll(self, _: Side | None) -> None:

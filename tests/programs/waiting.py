@@ -1,4 +1,4 @@
-"""Threads that block in readiness calls, and what must wake each of them.  Exits with 0 when all were woken."""
+"""Threads that block in readiness calls, and what must wake each of them.  Ends with 0: all were woken."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ TIMEOUT_S = 20.0  # a lost wake-up ends in a failure, not in a hang
 @contextlib.contextmanager
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     """A connected pair of stream sockets."""
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as client:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+    ):
         server, _ = listener.accept()
         with server:
             yield client, server
@@ -55,11 +58,14 @@ def data_wakes_everybody() -> None:
             fd = a.fileno()
             assert woken_by(poll_of((fd, select.POLLIN)), lambda: b.send(b"x")) == [(fd, select.POLLIN)]
             a.recv(1)
-            assert woken_by(poll_of((fd, select.POLLIN), (read, select.POLLIN)), lambda: b.send(b"x")) == [(fd, 1)]
+            assert woken_by(poll_of((fd, select.POLLIN), (read, select.POLLIN)), lambda: b.send(b"x")) == [
+                (fd, 1)
+            ]
             a.recv(1)
-            assert woken_by(lambda: select.select([fd, read], [], [], TIMEOUT_S), lambda: os.write(write, b"x")) == (
-                [read], [], [],
-            )  # fmt: skip
+            got = woken_by(
+                lambda: select.select([fd, read], [], [], TIMEOUT_S), lambda: os.write(write, b"x")
+            )
+            assert got == ([read], [], [])
             os.read(read, 1)
             for kernel in ((), (read,)):
                 with select.epoll() as epoll:
@@ -76,9 +82,13 @@ def epoll_changes_while_waited_on() -> None:
             epoll.register(read, select.EPOLLIN)  # at first the set is the kernel's alone
             fd = a.fileno()
             b.send(b"x")
-            assert woken_by(lambda: epoll.poll(TIMEOUT_S), lambda: epoll.register(fd, select.EPOLLIN)) == [(fd, 1)]
+            assert woken_by(lambda: epoll.poll(TIMEOUT_S), lambda: epoll.register(fd, select.EPOLLIN)) == [
+                (fd, 1)
+            ]
             epoll.modify(fd, 0)
-            assert woken_by(lambda: epoll.poll(TIMEOUT_S), lambda: epoll.modify(fd, select.EPOLLIN)) == [(fd, 1)]
+            assert woken_by(lambda: epoll.poll(TIMEOUT_S), lambda: epoll.modify(fd, select.EPOLLIN)) == [
+                (fd, 1)
+            ]
             a.recv(1)
             got = woken_by(lambda: epoll.poll(TIMEOUT_S), lambda: a.shutdown(socket.SHUT_RD))
             assert got == [(fd, select.EPOLLIN)], got
