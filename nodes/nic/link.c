@@ -156,7 +156,6 @@ void link_enqueue(struct link *link, struct work *work) {
 }
 
 void link_forget(struct link *link, struct work *work) {
-  if (!work->queued) return;
   struct work *previous = NULL;
   for (struct work *w = link->first; w; previous = w, w = w->next) {
     if (w != work) continue;
@@ -165,9 +164,9 @@ void link_forget(struct link *link, struct work *work) {
     else
       link->first = w->next;
     if (link->last == w) link->last = previous;
-    break;
+    work->queued = false;
+    return;
   }
-  work->queued = false;
 }
 
 void link_reply(struct link *link, const struct packet *p) {

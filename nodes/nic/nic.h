@@ -237,7 +237,7 @@ struct packet *link_next(struct link *link);       /* the packet to fill; link_r
 void link_push(struct link *link);                 /* publishes it */
 void link_reply(struct link *link, const struct packet *p); /* a packet that never waits for room */
 void link_enqueue(struct link *link, struct work *work);
-void link_forget(struct link *link, struct work *work); /* takes it out of the queue */
+void link_forget(struct link *link, struct work *work); /* takes it out of this link's queue, if there */
 int links_receive(void);                           /* duty */
 int links_transmit(void);                          /* duty */
 bool links_have_work(void);
