@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 build: $(VENV)/.ready
 	@mkdir -p $(BUILD)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) install -q --no-build-isolation --no-deps --force-reinstall \
-	    -Cbuild-dir=$(BUILD) .
+	    --config-settings=build-dir=$(BUILD) .
 
 demo: build
 	$(VENV)/bin/vmmc-emu demo cluster
