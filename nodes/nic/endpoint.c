@@ -123,11 +123,9 @@ void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd) {
   }
   if (e->waker[number] >= 0) close(e->waker[number]);
   e->waker[number] = fd;
-  /* Its thread may sleep since before the predecessor's death: it looks again. */
+  /* Its thread may be asleep already, since before a predecessor's death even, and an event may have come
+   * before this: it looks again. */
   eventfd_write(fd, 1);
-  /* Its thread may be asleep already, and an event may have come before this: it looks again. */
-  uint64_t one = 1;
-  (void)!write(fd, &one, sizeof one);
 }
 
 void endpoint_detach(uint32_t index, uint32_t serial) {
