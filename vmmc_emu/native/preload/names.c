@@ -222,6 +222,13 @@ INTERPOSE int __gethostname_chk(char *name, size_t length, size_t size) {
   return gethostname(name, length);
 }
 
+/* A node's name is the cluster's to give; and not even root on a node renames the machine under it. */
+INTERPOSE int sethostname(const char *name, size_t length) {
+  if (!process_on_node) return REAL(sethostname)(name, length);
+  errno = EPERM;
+  return -1;
+}
+
 INTERPOSE int uname(struct utsname *system) {
   int result = REAL(uname)(system);
   if (result == 0 && process_on_node) {
