@@ -244,7 +244,9 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
     if as_json:
         _json(found)
         return
-    click.echo(f"Cluster '{place.cluster}': {found['state']} for {_duration(found['uptime_s'])}")
+    click.echo(f"Cluster '{place.cluster}': {found['state']}, started {_duration(found['uptime_s'])} ago")
+    if found["state"] == "down":
+        click.echo(f"All its processes were killed; `{_command(place.cluster)} down` removes what is left.")
     if found["state"] == "unsupervised":
         click.echo(
             "Its supervisor was killed: traffic goes on, but daemons that die stay dead until down and up."
@@ -270,7 +272,9 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
 @click.option(
     "--diagnose", is_flag=True, help="Let programs explain what fork and exec did to their sockets."
 )
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument(
+    "command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- PROGRAM [ARGUMENTS]..."
+)
 @click.pass_obj
 @_explained
 def run(
@@ -297,7 +301,7 @@ def run(
     """
     from vmmc_emu import programs  # noqa: PLC0415  other commands start faster without
 
-    count = lifecycle.describe(place).nodes
+    count = lifecycle.describe_running(place).nodes
     if every and nodes:
         raise click.UsageError("--all is every node: leave --node out")
     if not every and not nodes:
@@ -309,7 +313,7 @@ def run(
     prepared = [
         programs.prepare(place, count, node, command, directory=chdir, diagnose=diagnose) for node in chosen
     ]
-    for line in programs.warnings(prepared[0].arguments[0], prepared[0].environment.get("PATH")):
+    for line in programs.warnings(prepared[0]):
         click.echo(f"Warning: {line}", err=True)
     listeners = [(each, each.listen()) for each in publications]
     try:

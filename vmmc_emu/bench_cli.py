@@ -102,7 +102,7 @@ def _progress() -> Callable[[int, int, str], Any]:
 
 
 _command(
-    measuring.KINDS["latency"], "One-way latency of a message that is sent back and forth, 1 B to 1 MiB."
+    measuring.KINDS["latency"], "One-way latency of messages of 1 B to 1 MiB."
 )
 _command(measuring.KINDS["bandwidth"], "Bytes a second in one direction, in writes of 1 B to 1 MiB.")
 _command(measuring.KINDS["messages"], "Small writes a second in one direction.")

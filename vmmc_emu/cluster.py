@@ -52,6 +52,7 @@ class Cluster:
         self._place = paths.cluster_paths(self.name)
         self._count = nodes
         self._supervisor = 0  # pid, when we started it
+        self._is_found = False  # it was up before
         self._relays: dict[int, socket.socket] = {}
         self._relays_lock = threading.Lock()
 
@@ -59,7 +60,9 @@ class Cluster:
     def running(cls, name: str | None = None) -> Cluster:
         """A cluster that is up, by name; ClusterError when it is not.  It is not ended by `with`."""
         place = paths.cluster_paths(name or default_cluster())
-        return cls(lifecycle.describe(place).nodes, place.cluster)
+        found = cls(lifecycle.describe_running(place).nodes, place.cluster)
+        found._is_found = True
+        return found
 
     def __repr__(self) -> str:
         return f"<Cluster {self.name!r}, {self._count} nodes>"
@@ -84,7 +87,7 @@ class Cluster:
             self._supervisor = 0
 
     def __enter__(self) -> Cluster:
-        if not self._supervisor and not self._place.description.exists():
+        if not self._supervisor and not self._is_found:
             self.start()
         return self
 

@@ -55,6 +55,17 @@ def describe(place: ClusterPaths) -> Description:
     return description
 
 
+def describe_running(place: ClusterPaths) -> Description:
+    """The same, for those who want to use it: what is left of a killed cluster is not up either."""
+    description = describe(place)
+    if not paths.lock_is_held(place):
+        raise ClusterError(
+            f"cluster '{place.cluster}' is not up, all its processes were killed:"
+            f" {_how_to_start(place.cluster)}, which removes what is left"
+        )
+    return description
+
+
 def _command(cluster: str) -> str:
     return "vmmc-emu" if cluster == "default" else f"vmmc-emu --cluster {cluster}"
 

@@ -51,17 +51,6 @@ def environment(
     return found
 
 
-def warnings(program: str, search_path: str | None) -> list[str]:
-    """Why this program would go around VMMC, as sentences; empty: it would not, as far as one can see."""
-    found = binaries.find_program(program, search_path)
-    if found is None:
-        return []
-    return [
-        f"{program} {why}: its connections go to the kernel's network"
-        for why in binaries.bypasses(found, search_path)
-    ]
-
-
 @dataclass(frozen=True)
 class Program:
     """What is to run on one node."""
@@ -98,6 +87,20 @@ def prepare(
             raise ClusterError(f"cannot make the directory {where}: {error.strerror}") from None
     words = [argument.replace("{node}", name) for argument in arguments]
     return Program(place, node, words, environment(place, node, nodes, diagnose=diagnose), where)
+
+
+def warnings(program: Program) -> list[str]:
+    """Why this program would go around VMMC, as sentences; empty: it would not, as far as one can see."""
+    name, search_path = program.arguments[0], program.environment.get("PATH")
+    # A relative path is looked up where the program is to run.
+    where = os.path.join(program.directory or "", name) if "/" in name else name
+    found = binaries.find_program(where, search_path)
+    if found is None:
+        return []
+    return [
+        f"{name} {why}: its connections go to the kernel's network"
+        for why in binaries.bypasses(found, search_path)
+    ]
 
 
 def _spawn(program: Program, actions: Iterable[tuple[int, ...]], *, own_group: bool) -> int:

@@ -340,6 +340,17 @@ def test_warning_for_a_script_of_a_static_program(up: Cli, static_program: Path,
     assert "statically linked" in up("run", "--node", 0, "--", script).stderr
 
 
+def test_warning_for_a_program_in_the_directory_where_it_runs(
+    up: Cli, static_program: Path, tmp_path: Path
+) -> None:
+    there = f"./{static_program.name}"
+    warned = up("run", "--node", 0, "--chdir", static_program.parent, "--", there, cwd=tmp_path)
+    assert warned.stderr.startswith(f"Warning: {there} is statically linked")
+    elsewhere = up("run", "--node", 0, "--chdir", tmp_path, "--", there, cwd=static_program.parent)
+    assert "Warning" not in elsewhere.stderr
+    assert elsewhere.returncode == 127
+
+
 def test_warning_for_another_abi(up: Cli, tmp_path: Path) -> None:
     image = bytearray(Path("/bin/true").read_bytes())
     image[18:20] = (0xB7 if image[18] != 0xB7 else 0x3E).to_bytes(2, sys.byteorder)  # another machine

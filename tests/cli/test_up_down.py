@@ -233,6 +233,9 @@ def test_down_after_everything_was_killed(cli: Cli, segments: Segments) -> None:
     wait_gone(found | programs)
     assert segments(cli.cluster)
     assert json.loads(cli.ok("status", "--json"))["state"] == "down"
+    refused = cli("run", "--node", 0, "--", "true")
+    assert refused.returncode == 1
+    assert "all its processes were killed" in refused.stderr
     cli.ok("down")
     assert segments(cli.cluster) == []
     assert not (Path(os.environ["VMMC_RUNTIME_DIR"]) / cli.cluster).exists()
@@ -478,6 +481,11 @@ class TestOwned:
         cli.ok("up", "--nodes", 1)
         with pytest.raises(ClusterError, match="already up"):
             Cluster(nodes=1, name=cli.cluster).start()
+        with pytest.raises(ClusterError, match="already up"), Cluster(nodes=2, name=cli.cluster):
+            pass
+        with Cluster.running(cli.cluster) as found:
+            assert len(found) == 1
+        assert json.loads(cli.ok("status", "--json"))["state"] == "up"
 
     def test_one_that_is_not_up(self) -> None:
         with pytest.raises(ClusterError, match="is not up"):
