@@ -25,8 +25,9 @@ LARGEST_SEGMENT_BYTES = 34 << 30  # VMMC_APP_BYTES: sparse, but limits on file a
 
 
 def mebibytes(count: float) -> str:
-    """A number of bytes for people: "12.5 MiB"."""
-    return f"{count / (1 << 20):.4g} MiB"
+    """A number of bytes for people: "12.5 MiB", "0.04 MiB", "24100 MiB"."""
+    number = count / (1 << 20)
+    return f"{number:.0f} MiB" if number >= 1000 else f"{number:.3g} MiB"
 
 
 def shm_free_bytes() -> int:
@@ -219,7 +220,7 @@ def _check_ptrace() -> Finding:
 def _check_runtime() -> Finding:
     root = runtime_root()
     place = root
-    while not place.exists():
+    while not os.path.exists(place):  # Path.exists raises where a directory above may not be looked into
         place = place.parent
     ok = os.access(place, os.W_OK | os.X_OK)
     return Finding(
