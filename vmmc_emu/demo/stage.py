@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ class Stage:
 
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = out or sys.stdout
+        if isinstance(self.out, io.TextIOWrapper):
+            self.out.reconfigure(errors="replace")  # a terminal that cannot show a mark shows "?"
         self.colour = self.out.isatty() and not os.environ.get("NO_COLOR")
         self.began = time.monotonic()
 
