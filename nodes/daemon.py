@@ -37,11 +37,11 @@ _NIC_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 def log(text: str) -> None:
-    """One event, one line, in the daemon's log."""
+    """One event, one line, in the daemon's log; the time as in the NIC's."""
     now = time.time()
-    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
     with contextlib.suppress(OSError):  # a full disk must not stop a node
-        os.write(2, f"{stamp}.{int(now * 1000) % 1000:03d} {text}\n".encode())
+        os.write(2, f"{stamp}.{int(now * 1000) % 1000:03d}Z {text}\n".encode())
 
 
 class Daemon:

@@ -22,6 +22,7 @@ import sys
 import threading
 
 from vmmc_emu.nodes.channel import receive_descriptors
+from vmmc_emu.nodes.title import set_title
 
 from vmmc_emu.names import node_address, node_address6, node_index
 
@@ -187,8 +188,10 @@ def main(arguments: list[str]) -> int:
     threading.stack_size(_STACK_BYTES)
     match arguments:
         case ["publish", port, pid]:
+            set_title(f"vmmc-emu: relay to port {port} of pid {pid}", "vmmc relay")
             publish(int(port), int(pid))
         case ["connect"]:
+            set_title("vmmc-emu: relay for connections", "vmmc relay")
             connect()
         case _:
             print(__doc__, file=sys.stderr)
