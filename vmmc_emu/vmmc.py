@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmmc_emu._native import ffi, lib
+from vmmc_emu.names import default_cluster
 
 __all__ = [
     "READ",
@@ -107,9 +108,11 @@ class _Attachment:
         self.pointer = lib.vmmc_attach(name, lib.VMMC_HERE if node is None else node)
         if not self.pointer:
             number = ffi.errno
-            of = "the default cluster" if cluster is None else f"cluster {cluster!r}"
-            where = "to this program's node" if node is None else f"to node{node} of {of}"
-            meaning = "it is not up: start it with vmmc-emu up" if number == errno.ENOENT else None
+            which = cluster or default_cluster()
+            where = "to this program's node" if node is None else f"to node{node} of cluster {which!r}"
+            meaning = None
+            if number == errno.ENOENT:
+                meaning = f"it is not up: start it with vmmc-emu --cluster {which} up"
             raise _error(f"cannot attach {where}", number, meaning)
         _attachments.add(self)
 
