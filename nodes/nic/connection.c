@@ -469,7 +469,9 @@ static void transmit_established(struct endpoint *e, uint32_t slot, struct link 
     return;
   }
   bool unread = c->placed > h.consumed && !(h.shut & VMMC_FORKED);
-  if (closed && ((h.shut & VMMC_ABORT) || unread)) {
+  /* What was written before goes first, as it does over a loopback: an answer to a request that was refused
+   * unread, say. */
+  if (closed && ((h.shut & VMMC_ABORT) || unread) && h.written == c->transmitted) {
     say(link, e, slot, PACKET_RESET)->flags = PACKET_WANT_CLOSED;
     link_push(link);
     c->state = CONNECTION_CLOSING;
@@ -571,6 +573,12 @@ static void established(struct endpoint *e, uint32_t slot, const struct packet *
   connection_enqueue(e, slot);
 }
 
+/* The app has shut down both ways: nobody will read what comes, and TCP answers it by a reset. */
+static bool is_deaf(struct endpoint *e, uint32_t slot) {
+  uint32_t both = VMMC_SHUT_READ | VMMC_SHUT_WRITE;
+  return (connection_of(e, slot)->flags & SAID_FIN) && (connection_half(e, slot).shut & both) == both;
+}
+
 void connection_packet(struct link *link, const struct packet *p) {
   if (p->type == PACKET_CONNECT) {
     answer_connect(link, p);
@@ -611,6 +619,11 @@ void connection_packet(struct link *link, const struct packet *p) {
     case PACKET_DATA:
       if (!live) {
         if (!(c->flags & SAID_RESET)) unknown(link, p);
+        break;
+      }
+      if (is_deaf(e, slot)) {
+        unknown(link, p);
+        connection_fail(e, slot, ECONNRESET);
         break;
       }
       take_limit(e, slot, p->limit);

@@ -35,6 +35,20 @@ struct connection_view connection_view(const struct vsocket *s) {
   return view;
 }
 
+uint64_t connection_unsent(const struct vsocket *s) {
+  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+  uint64_t transmitted = atomic_load_explicit(&n->transmitted, memory_order_acquire);
+  uint64_t written = atomic_load_explicit(&app_slot(s->endpoint, s->slot)->written, memory_order_relaxed);
+  return written > transmitted ? written - transmitted : 0;
+}
+
+bool connection_over(const struct vsocket *s) {
+  struct connection_view view = connection_view(s);
+  if (view.dead) return true;
+  return view.connected && (view.status & VMMC_END_OF_FILE) &&
+         (atomic_load_explicit(&s->shut, memory_order_relaxed) & VMMC_SHUT_WRITE) && !connection_unsent(s);
+}
+
 int connection_pending_error(struct vsocket *s) {
   int error = atomic_load_explicit(&s->error, memory_order_relaxed);
   if (error || atomic_load_explicit(&s->error_taken, memory_order_relaxed)) return error;
@@ -461,11 +475,12 @@ int socket_shutdown(struct vsocket *s, int how) {
     return 0;
   }
   if (!view.connected || view.dead) return -ENOTCONN;
+  bool over = connection_over(s); /* Linux then says so, and does it all the same */
   pthread_mutex_lock(&s->send_lock); /* bytes that a send is about to publish go before the end */
   atomic_fetch_or(&s->shut, bits);
   atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
   endpoint_ring_slot(s->endpoint, s->slot);
   pthread_mutex_unlock(&s->send_lock);
   connection_wake_local(s);
-  return 0;
+  return over ? -ENOTCONN : 0;
 }

@@ -18,6 +18,13 @@ struct connection_view {
 };
 struct connection_view connection_view(const struct vsocket *s);
 
+/* Reset, or both ends of the stream were sent: TCP's CLOSED, in which the peer has no name any more.  (That
+ * the peer's NIC has our end as well is not waited for: in TCP it takes as long as a packet does.) */
+bool connection_over(const struct vsocket *s);
+
+/* Bytes that were written and that the NIC has yet to send. */
+uint64_t connection_unsent(const struct vsocket *s);
+
 /* The error that SO_ERROR or the next call would give, as a positive errno, 0 none. */
 int connection_pending_error(struct vsocket *s);
 int connection_take_error(struct vsocket *s); /* the same, which is then taken */
@@ -28,6 +35,19 @@ int connection_words(struct vsocket *s, bool receive, struct wait_word words[CON
 
 /* Bytes of accept entries that wait in a listening socket's stream. */
 uint64_t connection_accepts_waiting(const struct vsocket *s);
+
+/*
+ * Forks of this process so far.  A server that leaves its connections to forked children closes them unread:
+ * to their peers that is to look like an end, not like the reset that a close with unread bytes is on TCP,
+ * where the child would have read them.  A process that goes on using a socket after a fork (one that saves
+ * in the background, say) has not left it to the child.
+ */
+extern _Atomic uint32_t socket_forks;
+static inline void socket_used(struct vsocket *s) {
+  uint32_t now = atomic_load_explicit(&socket_forks, memory_order_relaxed);
+  if (__builtin_expect(atomic_load_explicit(&s->forks, memory_order_relaxed) != now, 0))
+    atomic_store_explicit(&s->forks, now, memory_order_relaxed);
+}
 
 /* Makes this process's own waiters look again. */
 void connection_wake_local(struct vsocket *s);

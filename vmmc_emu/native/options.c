@@ -128,7 +128,7 @@ int socket_name(struct vsocket *s, bool peer, struct sockaddr *address, socklen_
   if (!connection_usable(s)) return -EBADF;
   if (peer) {
     struct connection_view view = connection_view(s);
-    if (!view.connected || view.dead) return -ENOTCONN;
+    if (!view.connected || connection_over(s)) return -ENOTCONN;
     address_write(&s->peer, s->family, address, length);
   } else {
     address_write(&s->local, s->family, address, length);
@@ -245,7 +245,7 @@ static int get_tcp_info(struct vsocket *s, void *value, socklen_t *length) {
     info.tcpi_unacked = (uint32_t)(connection_accepts_waiting(s) / sizeof(struct vmmc_accept_entry));
   } else if (view.connecting) {
     info.tcpi_state = TCP_SYN_SENT;
-  } else if (!view.connected || view.dead) {
+  } else if (!view.connected || connection_over(s)) {
     info.tcpi_state = TCP_CLOSE;
   } else if (shut & VMMC_SHUT_WRITE) {
     info.tcpi_state = ended ? TCP_LAST_ACK : TCP_FIN_WAIT2;
@@ -323,13 +323,6 @@ static uint64_t bytes_waiting(const struct vsocket *s) {
          atomic_load_explicit(&app_slot(s->endpoint, s->slot)->consumed, memory_order_relaxed);
 }
 
-static uint64_t bytes_unsent(const struct vsocket *s) {
-  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
-  uint64_t transmitted = atomic_load_explicit(&n->transmitted, memory_order_acquire);
-  uint64_t written = atomic_load_explicit(&app_slot(s->endpoint, s->slot)->written, memory_order_relaxed);
-  return written > transmitted ? written - transmitted : 0;
-}
-
 int socket_ioctl(struct vsocket *s, unsigned long request, void *argument) {
   if (!connection_usable(s)) return -EBADF;
   bool connected = connection_view(s).connected;
@@ -342,7 +335,7 @@ int socket_ioctl(struct vsocket *s, unsigned long request, void *argument) {
     case TIOCOUTQ: /* SIOCOUTQ */
     case SIOCOUTQNSD:
       if (s->phase == SOCKET_LISTENING) return -EINVAL;
-      number = connected ? (int)bytes_unsent(s) : 0;
+      number = connected ? (int)connection_unsent(s) : 0;
       break;
     case SIOCATMARK: number = 0; break;
     default: return -ENOTTY;

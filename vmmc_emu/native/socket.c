@@ -18,7 +18,7 @@ enum { POOL_CHUNK = 64 * 1024 };
 
 static pthread_mutex_t pool_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct vsocket *pool_free;
-static _Atomic uint32_t forks; /* of this process, so far */
+_Atomic uint32_t socket_forks;
 
 /* Called with pool_lock held. */
 static bool pool_grow(void) {
@@ -48,7 +48,7 @@ static void after_fork(void) {
 }
 
 static void after_fork_in_parent(void) {
-  atomic_fetch_add_explicit(&forks, 1, memory_order_relaxed);
+  atomic_fetch_add_explicit(&socket_forks, 1, memory_order_relaxed);
   after_fork();
 }
 
@@ -70,7 +70,7 @@ struct vsocket *socket_new(int family) {
   s->receive_timeout_ns = s->send_timeout_ns = 0;
   s->receive_buffer = s->send_buffer = 0;
   s->linger_s = -1;
-  s->forks = atomic_load_explicit(&forks, memory_order_relaxed);
+  socket_used(s);
   s->bind_flags = s->flags = 0;
   s->error = 0;
   s->error_taken = 0;
@@ -123,11 +123,19 @@ static void end(struct vsocket *s) {
   if (atomic_exchange(&s->ended, 1) || !s->generation) return;
   if (!connection_usable(s)) return; /* a child of fork: the parent's connection goes on */
   uint32_t bits = VMMC_CLOSED;
-  if (s->linger_s == 0 && connection_view(s).connected) bits |= VMMC_ABORT;
-  if (s->forks != atomic_load_explicit(&forks, memory_order_relaxed)) bits |= VMMC_FORKED;
+  bool connected = connection_view(s).connected;
+  if (connected && connection_over(s)) {
+    /* Both ends of the stream were sent, there is nothing left to reset: what nobody read does not count. */
+    atomic_store_explicit(&app_slot(s->endpoint, s->slot)->consumed,
+                          atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->placed, memory_order_acquire),
+                          memory_order_release);
+  } else if (connected && s->linger_s == 0) {
+    bits |= VMMC_ABORT;
+  }
+  if (s->forks != atomic_load_explicit(&socket_forks, memory_order_relaxed)) bits |= VMMC_FORKED;
   atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
   endpoint_ring_slot(s->endpoint, s->slot);
-  if (s->linger_s > 0 && connection_view(s).connected) linger(s);
+  if (s->linger_s > 0 && connected) linger(s);
   slot_give_back(s);
 }
 

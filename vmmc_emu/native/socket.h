@@ -50,7 +50,7 @@ struct vsocket {
   /* private to this layer; connection.h says what its files share */
   struct vsocket *next_free;          /* in the pool of unused sockets */
   struct vmmc_address local, peer;    /* own address once bound or connected, the peer's once connected */
-  uint32_t forks;                     /* of this process when the socket was made */
+  _Atomic uint32_t forks;             /* of this process when the socket was made, or last used */
   bool bound;                         /* the program chose `local` by bind */
   bool control_busy;                  /* a bind, listen or connect is between its request and its answer */
   _Atomic uint32_t closing;           /* socket_close was called */

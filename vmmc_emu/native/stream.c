@@ -173,6 +173,7 @@ static void note_full(struct vsocket *s) {
 ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, int flags) {
   if (flags & MSG_OOB) return -EOPNOTSUPP;
   if (!connection_usable(s)) return -EBADF;
+  socket_used(s);
   struct pieces from = { vector, count, 0 };
   size_t length = pieces_length(vector, count), sent = 0;
   uint64_t deadline = 0; /* read from the clock only when it is needed */
@@ -494,6 +495,7 @@ static int receive_wait(struct receive *r, uint64_t deadline) {
 ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count, int flags) {
   if (flags & MSG_OOB) return -EINVAL; /* as Linux, when no urgent data is there: here it never is */
   if (!connection_usable(s)) return -EBADF;
+  socket_used(s);
   struct receive r = { .socket = s, .to = { vector, count, 0 }, .flags = flags };
   r.length = pieces_length(vector, count);
   uint64_t deadline = 0; /* read from the clock only when it is needed */

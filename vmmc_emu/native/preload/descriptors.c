@@ -55,7 +55,6 @@ struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instan
   f->options = NULL;
   f->next_free = NULL;
   atomic_store_explicit(&f->nonblocking, 0, memory_order_relaxed);
-  atomic_store_explicit(&f->forked, false, memory_order_relaxed);
   if (socket) {
     socket->readiness = f;
     atomic_fetch_add_explicit(&open_sockets, 1, memory_order_relaxed);
@@ -69,19 +68,6 @@ void file_hold(struct file *f) {
   if (f != &file_forked) atomic_fetch_add_explicit(&f->holds, 1, memory_order_relaxed);
 }
 
-/* Drops what has arrived and nobody will read.  A server that leaves its connections to forked children
- * closes them unread; to their peers that is to look like an end, not like the reset that a close with
- * unread bytes is on TCP: there, the child would have read them. */
-static void discard(struct vsocket *s) {
-  char bytes[4096];
-  uint64_t left = VMMC_RING; /* a peer that goes on sending does not hold us */
-  ssize_t length = 1;
-  while (length > 0 && left > sizeof bytes) {
-    length = socket_receive(s, &(struct iovec){bytes, sizeof bytes}, 1, MSG_DONTWAIT);
-    left -= sizeof bytes;
-  }
-}
-
 void file_put(struct file *f) {
   /* acq_rel: whoever puts the last hold sees what all others did with the file */
   if (f == &file_forked || atomic_fetch_sub_explicit(&f->holds, 1, memory_order_acq_rel) != 1) return;
@@ -90,8 +76,6 @@ void file_put(struct file *f) {
   setup_forget_options(f);
   if (f->kind == FILE_SOCKET) {
     atomic_fetch_sub_explicit(&open_sockets, 1, memory_order_relaxed);
-    if (atomic_load_explicit(&f->forked, memory_order_relaxed) && atomic_load(&f->socket->phase) == SOCKET_CONNECTED)
-      discard(f->socket);
     socket_close(f->socket);
     socket_release(f->socket);
   }
@@ -219,15 +203,7 @@ __attribute__((constructor)) static void owner_begin(void) {
 }
 
 void descriptor_fork_prepare(void) { pthread_mutex_lock(&table_lock); }
-static void mark_forked(int fd, struct file *f, void *context) {
-  (void)fd, (void)context;
-  atomic_store_explicit(&f->forked, true, memory_order_relaxed);
-}
-
-void descriptor_fork_parent(void) {
-  pthread_mutex_unlock(&table_lock);
-  if (descriptor_sockets()) descriptor_walk(0, UINT32_MAX, mark_forked, NULL);
-}
+void descriptor_fork_parent(void) { pthread_mutex_unlock(&table_lock); }
 
 static void close_to_child(int fd, struct file *f, void *context) {
   (void)context;
