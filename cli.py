@@ -308,7 +308,7 @@ def run(
         raise click.UsageError("say where: --node 3, --node 0-3 or --all")
     chosen = list(range(count)) if every else names.node_set(nodes, count)
     publications = [programs.Publication.parse(text) for text in published]
-    if publications and len(chosen) > 1:
+    if publications and (every or len(chosen) > 1):
         raise click.UsageError("a published port leads to one node: name one with --node")
     prepared = [
         programs.prepare(place, count, node, command, directory=chdir, diagnose=diagnose) for node in chosen

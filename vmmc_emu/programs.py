@@ -409,6 +409,11 @@ class Publication:
 
     def listen(self) -> socket.socket:
         """The listening socket, of the kernel's TCP: the relay on the node inherits it."""
+        if "libvmmc-preload.so" in os.environ.get("LD_PRELOAD", "") and "VMMC_SOCKET" in os.environ:
+            raise ClusterError(
+                f"this shell runs on {os.environ.get('VMMC_NODE')}, where every port is the node's:"
+                " publish from a shell of the host"
+            )
         family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:

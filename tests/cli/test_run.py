@@ -173,6 +173,7 @@ def test_diagnose(up: Cli) -> None:
         (["--node", ""], "'' is not a node"),
         (["--node", "0", "--all"], "--all is every node"),
         (["--node", "0-1", "--publish", "0:80"], "leads to one node"),
+        (["--all", "--publish", "0:80"], "leads to one node"),
         (["--node", "0", "--publish", "80"], "'80' is not HOST:NODE"),
         (["--node", "0", "--publish", "80:0"], "'80:0' is not HOST:NODE"),
         (["--node", "0", "--publish", "70000:80"], "is not HOST:NODE"),
@@ -467,6 +468,14 @@ def test_publish_a_host_port_that_is_taken(up: Cli) -> None:
         done = up("run", "--node", 0, "--publish", f"{port}:80", "--", "echo", "ran")
     assert done.returncode == 1
     assert f"cannot publish at 127.0.0.1 port {port}" in done.stderr
+    assert done.stdout == ""
+
+
+def test_publish_from_a_shell_on_a_node(up: Cli) -> None:
+    inner = up.command("run", "--node", 1, "--publish", "0:80", "--", "echo", "ran")
+    done = up("run", "--node", 0, "--", *inner)
+    assert done.returncode == 1
+    assert "this shell runs on node0" in done.stderr
     assert done.stdout == ""
 
 
