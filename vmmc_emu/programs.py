@@ -128,7 +128,10 @@ def _spawn(program: Program, actions: Iterable[tuple[int, ...]], *, own_group: b
 def start_status(program: Program, error: OSError) -> tuple[int, str]:
     """Exit status and text for a program that could not be started."""
     name = program.arguments[0]
-    if error.errno == errno.ENOENT:
+    path = program.environment.get("PATH")
+    # execvp says EACCES, too, where a directory of PATH may not be searched and no other has the program.
+    hidden = error.errno == errno.EACCES and "/" not in name and not binaries.find_program(name, path)
+    if error.errno == errno.ENOENT or hidden:
         return NOT_FOUND, f"{name} is not found: give its path, or install it"
     return NOT_EXECUTABLE, f"{name} cannot be started: {error.strerror}"
 
