@@ -6,7 +6,6 @@
 void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id, uint64_t length,
                       uint32_t permissions) {
   struct vmmc_completion *done = (struct vmmc_completion *)(e->nic + VMMC_NIC_COMPLETIONS) + index % VMMC_COMMANDS;
-  e->own->command[index % VMMC_COMMANDS].state = COMMAND_NONE;
   if (error) COUNT(e, commands_rejected, 1);
   done->error = error;
   done->id = id;
@@ -14,6 +13,8 @@ void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id
   done->permissions = permissions;
   /* release: the answer before what says that it is there */
   atomic_store_explicit(&done->done, index + 1, memory_order_release);
+  in_order(); /* a command is forgotten when it is answered, see commands_recover */
+  e->own->command[index % VMMC_COMMANDS].state = COMMAND_NONE;
   wake_completion(e);
 }
 
@@ -21,6 +22,7 @@ void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id
 static int to_peer(struct endpoint *e, struct own_command *own, uint32_t node) {
   struct link *link = link_to(node);
   if (!link) return errno;
+  in_order();
   own->state = COMMAND_WAITS;
   link_enqueue(link, &e->command[own - e->own->command].work);
   return 0;
@@ -50,9 +52,30 @@ static int start_import(struct endpoint *e, struct own_command *own) {
   return to_peer(e, own, own->command.node);
 }
 
+void command_begin(struct own_command *own) {
+  own->effected = own->command.index + 1;
+  in_order();
+}
+
+static int end_import(struct endpoint *e, struct own_command *own) {
+  uint32_t id = own->command.import_id;
+  if (id >= VMMC_EXPORTS) return ENOENT;
+  if (!e->own->import[id].used) return own->effected == own->command.index + 1 ? 0 : ENOENT;
+  command_begin(own);
+  e->own->import[id].used = 0;
+  return 0;
+}
+
+static bool answered(struct endpoint *e, uint64_t index) {
+  struct vmmc_completion *c = (struct vmmc_completion *)(e->nic + VMMC_NIC_COMPLETIONS) + index % VMMC_COMMANDS;
+  return atomic_load_explicit(&c->done, memory_order_relaxed) == index + 1;
+}
+
 static void take(struct endpoint *e, uint64_t index) {
   struct own_command *own = &e->own->command[index % VMMC_COMMANDS];
   const struct vmmc_command *shared = (const struct vmmc_command *)(e->app + VMMC_APP_COMMANDS) + index % VMMC_COMMANDS;
+  /* A predecessor took it, and was killed before it had counted it. */
+  if (answered(e, index) || (own->state != COMMAND_NONE && own->command.index == index)) return;
   if (own->state != COMMAND_NONE) { /* the queue was overrun: the answer owed goes first */
     COUNT(e, commands_rejected, 1);
     return;
@@ -63,13 +86,10 @@ static void take(struct endpoint *e, uint64_t index) {
   int error;
   switch (c->op) {
     case VMMC_OP_NOP: error = 0; break;
-    case VMMC_OP_EXPORT: error = export_make(e, c); break;
-    case VMMC_OP_UNEXPORT: error = export_end(e, c->export_id); break;
+    case VMMC_OP_EXPORT: error = export_make(e, own); break;
+    case VMMC_OP_UNEXPORT: error = export_end(e, own); break;
     case VMMC_OP_IMPORT: error = start_import(e, own); break;
-    case VMMC_OP_UNIMPORT:
-      error = c->import_id < VMMC_EXPORTS && e->own->import[c->import_id].used ? 0 : ENOENT;
-      if (!error) e->own->import[c->import_id].used = 0;
-      break;
+    case VMMC_OP_UNIMPORT: error = end_import(e, own); break;
     case VMMC_OP_SEND:
     case VMMC_OP_FETCH: error = start_transfer(e, own); break;
     default: error = EINVAL;
@@ -150,4 +170,29 @@ void command_retell(struct endpoint *e, uint32_t node) {
     if (own->command.op == VMMC_OP_SEND) own->moved = 0;
     link_enqueue(link, &e->command[i].work);
   }
+}
+
+/* A predecessor may have been killed at any point of any command. */
+void commands_recover(struct endpoint *e) {
+  e->commands_taken = atomic_load_explicit(&nic_header(e)->commands_taken, memory_order_relaxed);
+  if (!atomic_load_explicit(&app_header(e)->command_tail, memory_order_relaxed) || !commit_tables(e)) return;
+  for (uint32_t i = 0; i < VMMC_COMMANDS; i++) {
+    struct own_command *own = &e->own->command[i];
+    if (own->state == COMMAND_NONE) continue;
+    if (answered(e, own->command.index)) {
+      own->state = COMMAND_NONE;
+    } else if (own->command.op == VMMC_OP_SEND) {
+      uint64_t *last = &e->last_send[own->import.node];
+      if (*last <= own->command.index) *last = own->command.index + 1;
+    }
+  }
+  for (uint32_t id = 0; id < VMMC_EXPORTS; id++) {
+    if (!e->own->export[id].used) continue;
+    struct redirection r = redirection_of_export(e, id);
+    redirect_recover(&r, UINT64_MAX); /* what is said to be redirected was copied: `to` follows the bytes */
+  }
+  transfer_recover(e);
+  for (uint32_t node = 0; node < nic.nodes; node++) command_retell(e, node);
+  wake_completion(e);
+  wake_notification(e);
 }

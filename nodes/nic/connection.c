@@ -60,19 +60,16 @@ static bool commit_slot(struct endpoint *e, uint32_t slot) {
 
 /* ---- a slot begins and ends ---- */
 
-static void begin(struct endpoint *e, uint32_t slot, uint32_t generation, uint32_t state) {
+/* Empties a free slot for its next connection, which is not there before enter(). */
+static void prepare(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
   struct vmmc_nic_slot *n = nic_slot(e, slot);
-  uint64_t committed = c->committed;
-  uint32_t requested = c->requested;
-  memset(c, 0, sizeof *c);
-  c->committed = committed;
-  c->requested = requested;
+  c->flags = 0;
+  /* What was requested, and the committed memory, go on from one connection to the next. */
+  memset(&c->local, 0, offsetof(struct connection, committed) - offsetof(struct connection, local));
+  memset(c->waiting, 0, sizeof c->waiting);
   c->window = VMMC_FIRST_WINDOW;
-  c->generation = generation;
-  c->state = state;
-  e->own->open++;
-  /* In the app's sight this slot is not its generation's until the last store below. */
+  /* In the app's sight this slot is not its generation's until publish(). */
   atomic_store_explicit(&n->limit, 0, memory_order_relaxed);
   atomic_store_explicit(&n->transmitted, 0, memory_order_relaxed);
   atomic_store_explicit(&n->placed, 0, memory_order_relaxed);
@@ -84,6 +81,16 @@ static void begin(struct endpoint *e, uint32_t slot, uint32_t generation, uint32
   work->endpoint = e;
   work->slot = slot;
   work->work.transmit = connection_transmit;
+}
+
+/* The prepared connection is there, from one store to the next. */
+static void enter(struct endpoint *e, uint32_t slot, uint32_t generation, uint32_t state) {
+  struct connection *c = connection_of(e, slot);
+  struct connection begun = { .generation = generation, .state = state };
+  in_order();
+  *(volatile uint64_t *)&c->identity = begun.identity;
+  in_order();
+  e->own->open++;
 }
 
 /* Shows the app its slot: the generation after all that it covers (release). */
@@ -98,7 +105,9 @@ static void finish(struct endpoint *e, uint32_t slot) {
   port_release(c);
   if (e->work[slot].remote) remote_release(e->work[slot].remote);
   e->work[slot].remote = NULL;
+  in_order();
   c->state = CONNECTION_NONE;
+  in_order();
   e->own->open--;
   if (is_passive(slot)) {
     c->next_free = e->own->free_passive;
@@ -144,8 +153,11 @@ static void set_status(struct endpoint *e, uint32_t slot, uint32_t bits) {
 void connection_fail(struct endpoint *e, uint32_t slot, int error) {
   struct connection *c = connection_of(e, slot);
   if (c->state == CONNECTION_NONE || c->state == CONNECTION_DEAD) return;
+  /* The errno before the state: a successor shows the app the state again, and knows no errno. */
+  if (!(atomic_load_explicit(&nic_slot(e, slot)->status, memory_order_relaxed) & VMMC_ERRNO_MASK))
+    set_status(e, slot, (uint32_t)error);
+  in_order();
   c->state = CONNECTION_DEAD;
-  set_status(e, slot, (uint32_t)error);
   atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_DEAD, memory_order_release);
   wake_slot(e, slot, WAKE_BOTH);
   if ((c->flags & APP_CLOSED) || (connection_half(e, slot).shut & VMMC_CLOSED)) finish(e, slot);
@@ -189,9 +201,9 @@ static bool credit_due(struct endpoint *e, uint32_t slot) {
 /* ---- requests ---- */
 
 static int request_connect(struct endpoint *e, uint32_t slot, struct vmmc_address local, struct vmmc_address peer,
-                           uint32_t node) {
+                           uint32_t node, uint32_t request) {
   struct connection *c = connection_of(e, slot);
-  if (c->state != CONNECTION_IDLE) return EISCONN;
+  if (c->state != CONNECTION_IDLE) return c->asked == request ? 0 : EISCONN; /* 0: a predecessor began it */
   if (node >= nic.nodes) return EHOSTUNREACH;
   if (!connection_commit(e, slot, VMMC_FIRST_WINDOW)) return ENOBUFS;
   int error = port_ephemeral(e, slot, &local);
@@ -200,27 +212,31 @@ static int request_connect(struct endpoint *e, uint32_t slot, struct vmmc_addres
   c->peer = peer;
   c->far_node = node;
   c->told = c->window;
-  c->state = CONNECTION_CONNECTING;
+  c->asked = request;
   nic_slot(e, slot)->local = local;
   nic_slot(e, slot)->peer = peer;
   nic_slot(e, slot)->peer_node = node;
+  in_order();
+  c->state = CONNECTION_CONNECTING;
   atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_CONNECTING, memory_order_release);
   connection_enqueue(e, slot);
   return 0;
 }
 
-static int request_listen(struct endpoint *e, uint32_t slot, struct vmmc_address local, uint32_t flags, uint32_t backlog) {
+static int request_listen(struct endpoint *e, uint32_t slot, struct vmmc_address local, uint32_t flags, uint32_t backlog,
+                          uint32_t request) {
   struct connection *c = connection_of(e, slot);
   c->backlog = backlog > 4096 ? 4096 : backlog;
   if (c->state == CONNECTION_LISTENING) return 0;
   if (c->state != CONNECTION_IDLE) return EINVAL;
-  if (!c->binding) {
-    int error = port_bind(e, slot, &local, flags);
+  if (!c->binding || c->asked == request) {
+    int error = port_bind(e, slot, &local, flags, request);
     if (error) return error;
     c->local = nic_slot(e, slot)->local = local;
   }
   int error = port_listen(e, slot);
   if (error) return error;
+  in_order();
   c->state = CONNECTION_LISTENING;
   atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_LISTENING, memory_order_release);
   return 0;
@@ -236,14 +252,17 @@ static void serve_request(struct endpoint *e, uint32_t slot, uint32_t request) {
   int error = EINVAL;
   switch (op) {
     case VMMC_REQUEST_BIND:
-      error = c->state == CONNECTION_IDLE ? port_bind(e, slot, &local, flags) : EINVAL;
+      error = c->state == CONNECTION_IDLE ? port_bind(e, slot, &local, flags, request) : EINVAL;
       if (!error) c->local = n->local = local;
       break;
-    case VMMC_REQUEST_LISTEN: error = request_listen(e, slot, local, flags, backlog); break;
-    case VMMC_REQUEST_CONNECT: error = request_connect(e, slot, local, peer, node); break;
+    case VMMC_REQUEST_LISTEN: error = request_listen(e, slot, local, flags, backlog, request); break;
+    case VMMC_REQUEST_CONNECT: error = request_connect(e, slot, local, peer, node, request); break;
     default: COUNT(e, commands_rejected, 1);
   }
+  c->answer = error;
+  in_order();
   c->requested = request;
+  in_order();
   n->reply_error = error;
   /* release: the answer's content first */
   atomic_store_explicit(&n->reply, request, memory_order_release);
@@ -353,8 +372,10 @@ static void answer_connect(struct link *link, const struct packet *p) {
   }
   struct connection *c = connection_of(e, slot);
   uint32_t generation = c->generation + 1 ? c->generation + 1 : 1;
-  begin(e, slot, generation, CONNECTION_ESTABLISHED);
-  c->flags = PASSIVE;
+  prepare(e, slot);
+  c->flags = PASSIVE | UNQUEUED; /* until the listener's position says otherwise, it is not there */
+  c->listener = listener;
+  c->entry = l->placed;
   c->far = p->from;
   c->far_node = link_node(link);
   c->far_limit = p->limit;
@@ -367,12 +388,16 @@ static void answer_connect(struct link *link, const struct packet *p) {
   n->peer_node = c->far_node;
   atomic_store_explicit(&n->limit, p->limit, memory_order_relaxed);
   atomic_store_explicit(&n->status, VMMC_CONNECTED, memory_order_relaxed);
+  enter(e, slot, generation, CONNECTION_ESTABLISHED);
   publish(e, slot, VMMC_ESTABLISHED);
   COUNT(e, connections_opened, 1);
 
   struct vmmc_accept_entry entry = { slot, generation };
   memcpy(default_buffer(e, listener) + l->placed % VMMC_RING, &entry, sizeof entry);
+  in_order();
   l->placed += sizeof entry;
+  in_order();
+  c->flags &= ~(uint32_t)UNQUEUED;
   /* release: the entry and the slot before the position */
   atomic_store_explicit(&nic_slot(e, listener)->placed, l->placed, memory_order_release);
   wake_slot(e, listener, WAKE_READERS);
@@ -410,7 +435,8 @@ void connection_look(struct endpoint *e, uint32_t slot) {
   if (!is_passive(slot) && generation && !e->dying && slot < VMMC_ACTIVE_SLOTS) {
     if (slot >= e->own->active_end && !commit_slot(e, slot)) return;
     if (c->state == CONNECTION_NONE && generation != c->generation) {
-      begin(e, slot, generation, CONNECTION_IDLE);
+      prepare(e, slot);
+      enter(e, slot, generation, CONNECTION_IDLE);
       publish(e, slot, VMMC_IDLE);
     }
   }
@@ -474,8 +500,17 @@ static void transmit_established(struct endpoint *e, uint32_t slot, struct link 
   if (closed && ((h.shut & VMMC_ABORT) || unread) && h.written == c->transmitted) {
     say(link, e, slot, PACKET_RESET)->flags = PACKET_WANT_CLOSED;
     link_push(link);
-    c->state = CONNECTION_CLOSING;
+    in_order();
     c->flags |= SAID_RESET;
+    c->state = CONNECTION_CLOSING;
+    return;
+  }
+  if (c->flags & TELL_AGAIN) {
+    connection_credit(e, slot);
+    say(link, e, slot, PACKET_CREDIT)->flags = PACKET_AGAIN;
+    link_push(link);
+    in_order();
+    c->flags &= ~(uint32_t)TELL_AGAIN;
     return;
   }
   if (h.written > c->transmitted) {
@@ -483,12 +518,14 @@ static void transmit_established(struct endpoint *e, uint32_t slot, struct link 
   } else if (closed) {
     say(link, e, slot, PACKET_CLOSE);
     link_push(link);
+    in_order();
     c->state = CONNECTION_CLOSING;
   } else if ((h.shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN)) {
     /* With the credit of the moment, as every packet of an open stream: this may be the last one. */
     uint64_t limit = connection_credit(e, slot);
     say(link, e, slot, PACKET_FIN)->limit = limit;
     link_push(link);
+    in_order();
     c->flags |= SAID_FIN;
   } else if (credit_due(e, slot)) {
     uint64_t told = c->told;
@@ -519,6 +556,7 @@ bool connection_transmit(struct work *work, struct link *link) {
     p->peer = c->peer;
     if (c->flags & CONNECT_AGAIN) p->flags = PACKET_AGAIN;
     link_push(link);
+    in_order();
     c->flags |= SAID_CONNECT;
   } else if (c->state == CONNECTION_ESTABLISHED) {
     transmit_established(e, slot, link);
@@ -540,6 +578,12 @@ static void unknown(struct link *link, const struct packet *p) {
     case PACKET_RESET:
       if (p->flags & PACKET_WANT_CLOSED) closed(link, p);
       break;
+    case PACKET_CREDIT:
+      if (!(p->flags & PACKET_AGAIN)) {
+        COUNT_NODE(packets_dropped, 1);
+        break;
+      } /* asks whether we are there */
+      __attribute__((fallthrough));
     case PACKET_DATA:
     case PACKET_ACCEPTED: {
       struct packet answer = { .type = PACKET_RESET, .to = p->from, .from = p->to };
@@ -564,6 +608,7 @@ static void established(struct endpoint *e, uint32_t slot, const struct packet *
   struct vmmc_nic_slot *n = nic_slot(e, slot);
   c->far = p->from;
   c->far_limit = p->limit;
+  in_order();
   c->state = CONNECTION_ESTABLISHED;
   atomic_store_explicit(&n->limit, p->limit, memory_order_relaxed);
   atomic_store_explicit(&n->state, VMMC_ESTABLISHED, memory_order_relaxed);
@@ -630,7 +675,10 @@ void connection_packet(struct link *link, const struct packet *p) {
       stream_place(e, slot, p);
       break;
     case PACKET_CREDIT:
-      if (live) take_limit(e, slot, p->limit);
+      if (live)
+        take_limit(e, slot, p->limit);
+      else if (c->state == CONNECTION_DEAD)
+        unknown(link, p);
       break;
     case PACKET_FIN:
       if (live) take_limit(e, slot, p->limit);
@@ -668,34 +716,88 @@ void connection_retell(struct endpoint *e, uint32_t slot) {
       c->flags &= ~(uint32_t)SAID_CONNECT;
       c->flags |= CONNECT_AGAIN;
       break;
+    case CONNECTION_BUSY: /* RETRY may have been lost, and CONNECT may be answered anew */
+      c->flags = (c->flags & ~(uint32_t)SAID_CONNECT) | CONNECT_AGAIN;
+      in_order();
+      c->state = CONNECTION_CONNECTING;
+      break;
     case CONNECTION_ESTABLISHED:
       c->flags &= ~(uint32_t)SAID_FIN;
+      /* A limit that was noted and not told, a reset that was not heard.  Whose peer has closed needs
+       * neither, and its peer may be gone already. */
+      if (!(c->flags & HEARD_CLOSE)) c->flags |= TELL_AGAIN;
       break;
     case CONNECTION_CLOSING: /* CLOSE or RESET again, and CLOSED again */
-      c->state = CONNECTION_ESTABLISHED;
       c->flags &= ~(uint32_t)SAID_RESET;
+      in_order();
+      c->state = CONNECTION_ESTABLISHED;
       break;
     default: return;
   }
   connection_enqueue(e, slot);
 }
 
+void connection_unmake(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  if (c->state == CONNECTION_NONE || !(c->flags & UNQUEUED)) return;
+  struct connection *l = connection_of(e, c->listener);
+  if (l->state != CONNECTION_LISTENING || l->placed <= c->entry)
+    c->state = CONNECTION_NONE; /* its CONNECT is still there to be answered */
+  else
+    c->flags &= ~(uint32_t)UNQUEUED;
+}
+
+/* What the app is shown of the slot, derived from what the NIC knows: its predecessor may have been killed
+ * between the one and the other. */
+static void show(struct endpoint *e, uint32_t slot) {
+  static const uint32_t shown[] = {
+    [CONNECTION_NONE] = VMMC_FREE, [CONNECTION_IDLE] = VMMC_IDLE, [CONNECTION_LISTENING] = VMMC_LISTENING,
+    [CONNECTION_CONNECTING] = VMMC_CONNECTING, [CONNECTION_BUSY] = VMMC_CONNECTING,
+    [CONNECTION_ESTABLISHED] = VMMC_ESTABLISHED, [CONNECTION_CLOSING] = VMMC_ESTABLISHED, [CONNECTION_DEAD] = VMMC_DEAD,
+  };
+  struct connection *c = connection_of(e, slot);
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  uint32_t bits = 0;
+  if (c->state == CONNECTION_ESTABLISHED || c->state == CONNECTION_CLOSING) bits |= VMMC_CONNECTED;
+  if (c->flags & HEARD_FIN) bits |= VMMC_END_OF_FILE;
+  if (c->flags & HEARD_CLOSE) bits |= VMMC_PEER_CLOSED;
+  /* Of data the app's view is stored first, of accept entries the NIC's own. */
+  if (c->state == CONNECTION_LISTENING)
+    atomic_store_explicit(&n->placed, c->placed, memory_order_release);
+  else
+    c->placed = atomic_load_explicit(&n->placed, memory_order_relaxed);
+  struct redirection r = redirection_of_slot(e, slot);
+  redirect_recover(&r, c->placed);
+  n->local = c->local;
+  n->peer = c->peer;
+  n->peer_node = c->far_node;
+  atomic_store_explicit(&n->limit, c->far_limit, memory_order_release);
+  atomic_store_explicit(&n->transmitted, c->transmitted, memory_order_relaxed);
+  set_status(e, slot, bits);
+  publish(e, slot, shown[c->state]);
+  if (atomic_load_explicit(&n->reply, memory_order_relaxed) == c->requested) return;
+  n->reply_error = c->answer;
+  atomic_store_explicit(&n->reply, c->requested, memory_order_release);
+}
+
 void connection_recover(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
   struct slot_work *work = &e->work[slot];
   work->endpoint = e;
   work->slot = slot;
   work->work.transmit = connection_transmit;
-  if (c->state == CONNECTION_NONE) return;
-  /* Killed between two stores: of data the app's view is stored first, of accept entries the NIC's own. */
-  _Atomic uint64_t *placed = &nic_slot(e, slot)->placed;
-  if (c->state == CONNECTION_LISTENING)
-    atomic_store_explicit(placed, c->placed, memory_order_release);
-  else
-    c->placed = atomic_load_explicit(placed, memory_order_relaxed);
-  struct redirection r = redirection_of_slot(e, slot);
-  redirect_recover(&r, c->placed);
-  if (c->state != CONNECTION_IDLE && c->state != CONNECTION_LISTENING) connection_retell(e, slot);
-  connection_look(e, slot);
+  if (c->state == CONNECTION_NONE) {
+    if (atomic_load_explicit(&n->generation, memory_order_relaxed) == c->generation)
+      atomic_store_explicit(&n->state, VMMC_FREE, memory_order_release);
+  } else {
+    show(e, slot);
+    struct link *link = c->state == CONNECTION_ESTABLISHED ? link_to(c->far_node) : NULL;
+    /* Its answer may have waited for room on the link, in memory that is gone: it goes before anything else
+     * that the peer hears of this connection. */
+    if (link && (c->flags & PASSIVE) && !(c->flags & HEARD_CLOSE)) say_accepted(link, e, slot);
+    if (c->state != CONNECTION_IDLE && c->state != CONNECTION_LISTENING) connection_retell(e, slot);
+  }
+  connection_look(e, slot); /* also a free slot: the app may have taken it */
   wake_slot(e, slot, WAKE_BOTH);
 }

@@ -45,8 +45,13 @@ static bool map_all(struct endpoint *e) {
 /* A predecessor served this endpoint: everything that it knew is in `own`. */
 static void recover(struct endpoint *e) {
   struct own *own = e->own;
+  struct vmmc_nic_header *header = nic_header(e);
+  uint64_t events = atomic_load_explicit(&header->events, memory_order_relaxed);
+  e->events_committed = (events * sizeof(uint32_t) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
+  if (e->events_committed > VMMC_EVENTS * sizeof(uint32_t)) e->events_committed = VMMC_EVENTS * sizeof(uint32_t);
   own->open = 0;
   own->free_passive = 0;
+  for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < own->passive_end; slot++) connection_unmake(e, slot);
   for (uint32_t slot = own->passive_end; slot-- > VMMC_ACTIVE_SLOTS;) {
     struct connection *c = &own->connection[slot];
     if (c->state != CONNECTION_NONE) continue;
@@ -58,10 +63,24 @@ static void recover(struct endpoint *e) {
     for (uint32_t slot = pass ? VMMC_ACTIVE_SLOTS : 0; slot < end; slot++)
       if (own->connection[slot].state != CONNECTION_NONE) own->open++;
   }
+}
+
+/* Goes on with its connections and commands. */
+static void resume(struct endpoint *e) {
+  struct own *own = e->own;
   for (int pass = 0; pass < 2; pass++) {
     uint32_t end = pass ? own->passive_end : own->active_end;
     for (uint32_t slot = pass ? VMMC_ACTIVE_SLOTS : 0; slot < end; slot++) connection_recover(e, slot);
   }
+  /* Slots that the app took for the first time, whose doorbell the predecessor had answered and no more.
+   * The app takes them in turn; threads that fill theirs at the same time leave gaps. */
+  enum { GAP = 64 };
+  for (uint32_t slot = own->active_end, last = slot; slot < VMMC_ACTIVE_SLOTS && slot < last + GAP; slot++) {
+    if (!atomic_load_explicit(&app_slot(e, slot)->generation, memory_order_relaxed)) continue;
+    connection_look(e, slot);
+    last = slot;
+  }
+  commands_recover(e);
 }
 
 void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid) {
@@ -93,26 +112,30 @@ void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid) {
     e->command[i] = (struct command_work){ .work.transmit = transfer_transmit, .endpoint = e, .place = i };
   }
   if (own->magic == VMMC_MAGIC && own->serial == serial) {
-    uint64_t events = atomic_load_explicit(&header->events, memory_order_relaxed);
-    e->events_committed = (events * sizeof(uint32_t) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
-    if (e->events_committed > VMMC_EVENTS * sizeof(uint32_t)) e->events_committed = VMMC_EVENTS * sizeof(uint32_t);
-    e->commands_taken = atomic_load_explicit(&header->commands_taken, memory_order_relaxed);
-    e->vmmc_committed = e->commands_taken > 0;
     recover(e);
-    if (e->vmmc_committed)
-      for (uint32_t node = 0; node < nic.nodes; node++) command_retell(e, node);
   } else {
     own->version = VMMC_LAYOUT_VERSION;
     own->serial = serial;
     own->passive_end = VMMC_ACTIVE_SLOTS;
+    in_order();
     own->magic = VMMC_MAGIC;
-    header->magic = VMMC_MAGIC;
-    header->version = VMMC_LAYOUT_VERSION;
-    header->node = nic.node;
-    header->endpoint = index;
-    header->serial = serial;
   }
+  header->magic = VMMC_MAGIC;
+  header->version = VMMC_LAYOUT_VERSION;
+  header->node = nic.node;
+  header->endpoint = index;
+  header->serial = serial;
   atomic_store_explicit(&header->ready, 1, memory_order_release);
+}
+
+void endpoints_recover(void) {
+  for (uint32_t index = 0; index < VMMC_ENDPOINTS_MAX; index++) {
+    uint32_t serial = atomic_load(&nic.pub->endpoint[index]);
+    if (serial) endpoint_attach(index, serial, 0);
+  }
+  /* All of them before any goes on: whose ports are taken is known then. */
+  ports_recover();
+  for (uint32_t i = 0; i < nic.live_count; i++) resume(nic.endpoint[nic.live[i]]);
 }
 
 void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd) {

@@ -21,13 +21,14 @@ static struct own_export *find_on_node(const char *name, struct endpoint **e_out
   return NULL;
 }
 
-int export_make(struct endpoint *e, const struct vmmc_command *command) {
+int export_make(struct endpoint *e, struct own_command *own) {
+  const struct vmmc_command *command = &own->command;
   if (command->export_id >= VMMC_EXPORTS || !command->length) return EINVAL;
   if (!(command->permissions & (VMMC_PERMIT_READ | VMMC_PERMIT_WRITE))) return EINVAL;
   if (command->permissions & ~(uint32_t)(VMMC_PERMIT_READ | VMMC_PERMIT_WRITE)) return EINVAL;
   if (command->node != VMMC_ANY_NODE && command->node >= nic.nodes) return EHOSTUNREACH;
   struct own_export *x = &e->own->export[command->export_id];
-  if (x->used) return EEXIST;
+  if (x->used) return own->effected == command->index + 1 ? 0 : EEXIST;
   struct endpoint *other;
   if (command->name[0] && find_on_node(command->name, &other)) return EEXIST;
   if (utlb_translate(e, command->offset, command->length)) return EFAULT;
@@ -41,12 +42,16 @@ int export_make(struct endpoint *e, const struct vmmc_command *command) {
   struct vmmc_nic_export *n = (struct vmmc_nic_export *)(e->nic + VMMC_NIC_EXPORTS) + command->export_id;
   atomic_store_explicit(&n->received, 0, memory_order_relaxed);
   atomic_store_explicit(&n->arrivals, 0, memory_order_relaxed);
+  command_begin(own);
   x->used = 1;
   return 0;
 }
 
-int export_end(struct endpoint *e, uint32_t id) {
-  if (id >= VMMC_EXPORTS || !e->own->export[id].used) return ENOENT;
+int export_end(struct endpoint *e, struct own_command *own) {
+  uint32_t id = own->command.export_id;
+  if (id >= VMMC_EXPORTS) return ENOENT;
+  if (!e->own->export[id].used) return own->effected == own->command.index + 1 ? 0 : ENOENT;
+  command_begin(own);
   e->own->export[id].used = 0;
   return 0;
 }

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "nic.h"
 
@@ -29,6 +30,7 @@ struct link {
   uint32_t incarnation;         /* of the peer's NIC, as last seen */
   uint64_t tail;                /* packets filled by us, published at the next ring */
   uint64_t taken;               /* packets of `in` handled */
+  uint64_t again;               /* packets before this may have been handled by a predecessor */
   bool unrung;                  /* published something since the peer's doorbell was rung */
   struct work *first, *last;    /* connections and commands with something to say */
   struct outbox *outbox, **outbox_end;
@@ -73,6 +75,8 @@ struct link *link_to(uint32_t node) {
   }
   link->tail = atomic_load_explicit(&link->out->tail, memory_order_relaxed);
   link->taken = atomic_load_explicit(&link->out->taken, memory_order_relaxed);
+  /* The next one, which it may not have counted yet. */
+  link->again = atomic_load_explicit(&nic.pub->incarnation, memory_order_relaxed) > 1 ? link->taken + 1 : 0;
   link->outbox_end = &link->outbox;
   link->incarnation = atomic_load(&link->pub->incarnation);
   nic.link[node] = link;
@@ -200,7 +204,7 @@ void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot) {
   link->busy[link->busy_count++] = (struct busy){ e->index, e->serial, slot };
 }
 
-static void link_retry(struct link *link) {
+static void link_retry(struct link *link, uint32_t flags) {
   uint32_t count = link->busy_count;
   link->busy_count = 0;
   for (uint32_t i = 0; i < count; i++) {
@@ -208,8 +212,9 @@ static void link_retry(struct link *link) {
     if (!e) continue;
     struct connection *c = connection_of(e, link->busy[i].slot);
     if (c->state != CONNECTION_BUSY) continue;
+    c->flags = (c->flags & ~(uint32_t)SAID_CONNECT) | flags;
+    in_order();
     c->state = CONNECTION_CONNECTING;
-    c->flags &= ~(uint32_t)SAID_CONNECT;
     connection_enqueue(e, link->busy[i].slot);
   }
 }
@@ -225,7 +230,7 @@ static void link_retell(struct link *link) {
       if (e->own->connection[slot].far_node == link->node) connection_retell(e, slot);
     command_retell(e, link->node);
   }
-  link_retry(link);
+  link_retry(link, CONNECT_AGAIN);
 }
 
 static void dispatch(struct link *link, const struct packet *p) {
@@ -235,7 +240,7 @@ static void dispatch(struct link *link, const struct packet *p) {
     case PACKET_CREDIT: case PACKET_FIN: case PACKET_CLOSE: case PACKET_RESET: case PACKET_CLOSED:
       connection_packet(link, p);
       break;
-    case PACKET_RETRY: link_retry(link); break;
+    case PACKET_RETRY: link_retry(link, 0); break;
     case PACKET_IMPORT: export_answer(link, p); break;
     case PACKET_IMPORTED: case PACKET_SENT: case PACKET_FETCHED: command_packet(link, p); break;
     case PACKET_SEND: transfer_send_arrived(link, p); break;
@@ -256,7 +261,15 @@ static int link_receive(struct link *link) {
   uint64_t tail = atomic_load_explicit(&link->in->tail, memory_order_acquire);
   int done = 0;
   for (; link->taken < tail && done < RECEIVE_SHARE; done++) {
-    dispatch(link, &link->in->packet[link->taken % LINK_PACKETS]);
+    const struct packet *p = &link->in->packet[link->taken % LINK_PACKETS];
+    struct packet again;
+    if (link->taken < link->again && p->type == PACKET_CONNECT) {
+      again = *p;
+      again.flags |= PACKET_AGAIN;
+      p = &again;
+    }
+    dispatch(link, p);
+    in_order();
     link->taken++;
     /* release: all that the packet asked for is done and recorded, its place may be used again */
     atomic_store_explicit(&link->out->taken, link->taken, memory_order_release);
@@ -346,13 +359,19 @@ bool links_have_work(void) {
   return nic.busy_links != NULL;
 }
 
+static bool queue_exists(uint32_t from, uint32_t to) {
+  char what[32];
+  snprintf(what, sizeof what, "link.node%u", to);
+  struct link_queue *queue = segment_map(from, what, sizeof *queue, false, NULL);
+  if (queue) munmap(queue, sizeof *queue);
+  return queue != NULL;
+}
+
 void links_recover(void) {
-  /* Every peer that has a queue to us, or we to it, hears of the new incarnation and looks. */
+  /* Every peer that has a queue to us, or we to it, hears of the new incarnation and looks.  (Not every peer:
+   * that would make a queue for each.) */
   for (uint32_t node = 0; node < nic.nodes; node++) {
-    char what[32];
-    snprintf(what, sizeof what, "link.node%u", node);
-    struct link_queue *mine = segment_map(nic.node, what, sizeof *mine, false, NULL);
-    if (!mine) continue;
+    if (!queue_exists(nic.node, node) && !queue_exists(node, nic.node)) continue;
     struct link *link = link_to(node);
     if (!link) continue;
     atomic_fetch_or(&nic.door->link[node / 64], 1ull << node % 64);

@@ -90,10 +90,7 @@ static void take_over(void) {
   pub->magic = VMMC_MAGIC;
   if (atomic_load(&pub->incarnation) == 1) return;
   /* Endpoints before links: a packet for one that is not there yet would be answered with a reset. */
-  for (uint32_t index = 0; index < VMMC_ENDPOINTS_MAX; index++) {
-    uint32_t serial = atomic_load(&pub->endpoint[index]);
-    if (serial) endpoint_attach(index, serial, 0);
-  }
+  endpoints_recover();
   links_recover();
 }
 

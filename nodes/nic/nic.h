@@ -106,6 +106,11 @@ struct nic {
 };
 extern struct nic nic;
 
+/* Between two stores of which a successor may find the first without the second, never the other way
+ * round.  Whoever maps the memory after a death finds all that the dead one had stored up to some point of
+ * its program: only the compiler has to be kept from another order. */
+static inline void in_order(void) { atomic_signal_fence(memory_order_seq_cst); }
+
 /* ---- counters: one writer, so a plain load and store will do ---- */
 #define COUNT_IN(counters, name, n)                                                                     \
   atomic_store_explicit(&(counters)->name, atomic_load_explicit(&(counters)->name, memory_order_relaxed) + (n), \
@@ -146,6 +151,7 @@ static inline struct connection *connection_of(const struct endpoint *e, uint32_
 
 /* ---- endpoint.c ---- */
 void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid);
+void endpoints_recover(void); /* those that a predecessor served */
 void endpoint_detach(uint32_t index, uint32_t serial);
 void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd);
 int endpoints_work(void);        /* duty: doorbells; returns how much was done */
@@ -157,15 +163,17 @@ void remote_release(struct remote *remote);
 void remote_gone(uint32_t node, uint32_t serial);
 
 /* ---- port.c: 0 or an errno ---- */
-int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags);
+int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags, uint32_t request);
 int port_ephemeral(struct endpoint *e, uint32_t slot, struct vmmc_address *address);
 int port_listen(struct endpoint *e, uint32_t slot);
 void port_release(struct connection *c);
+void ports_recover(void); /* once all endpoints are known */
 struct binding *port_listener(const struct vmmc_address *to, const struct vmmc_address *from);
 
 /* ---- connection.c ---- */
 void connection_look(struct endpoint *e, uint32_t slot); /* the app rang for this slot */
 void connection_recover(struct endpoint *e, uint32_t slot); /* a successor takes it over */
+void connection_unmake(struct endpoint *e, uint32_t slot);  /* before: if its predecessor had only begun it */
 void connection_packet(struct link *link, const struct packet *p);
 void connection_retell(struct endpoint *e, uint32_t slot); /* the peer's NIC is a new one */
 
@@ -204,14 +212,16 @@ void redirect_recover(struct redirection *r, uint64_t placed);
 
 /* ---- command.c ---- */
 int commands_work(struct endpoint *e);
+void commands_recover(struct endpoint *e);
+void command_begin(struct own_command *own); /* its effect is the next store: a successor knows it for its own */
 void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id, uint64_t length,
                       uint32_t permissions);
 void command_packet(struct link *link, const struct packet *p); /* answers to own commands */
 void command_retell(struct endpoint *e, uint32_t node);
 
 /* ---- export.c ---- */
-int export_make(struct endpoint *e, const struct vmmc_command *command);
-int export_end(struct endpoint *e, uint32_t id);
+int export_make(struct endpoint *e, struct own_command *own);
+int export_end(struct endpoint *e, struct own_command *own);
 void export_end_all(struct endpoint *e);
 void export_answer(struct link *link, const struct packet *p); /* IMPORT of a peer */
 int export_check(struct endpoint *e, const struct packet *p, uint32_t permission); /* errno or 0 */
@@ -221,6 +231,7 @@ bool transfer_transmit(struct work *work, struct link *link);
 void transfer_send_arrived(struct link *link, const struct packet *p);
 void transfer_fetch_arrived(struct link *link, const struct packet *p);
 void transfer_fetched(struct endpoint *e, const struct packet *p);
+void transfer_recover(struct endpoint *e);
 
 /* ---- utlb.c: 0, or EFAULT when a page of the range may not be touched ---- */
 int utlb_translate(struct endpoint *e, uint64_t offset, uint64_t length);

@@ -1,6 +1,10 @@
 /*
  * own.h: what a NIC must remember, in segments that only it writes and only it (and its successor)
  * maps: `own` of each endpoint, `state` of the node, `link` to each peer.
+ *
+ * A NIC can be killed between any two of its stores.  So of each change one store makes it count; what
+ * comes before that is done again by the successor, and what follows from it (lists, numbers of things,
+ * what the app is shown) the successor derives anew.
  */
 #ifndef NIC_OWN_H
 #define NIC_OWN_H
@@ -28,13 +32,22 @@ enum { /* connection.flags */
   APP_CLOSED = 32,    /* the app closed the slot while it was still connecting */
   PASSIVE = 64,
   CONNECT_AGAIN = 128,  /* CONNECT may have been handled by a NIC that has died since */
+  UNQUEUED = 256,       /* passive: not yet known to stand in its listener's queue */
+  TELL_AGAIN = 512,     /* the limit is to be told again, and whether the peer is there is to be asked */
 };
 
 struct connection {
-  uint32_t generation;
-  uint32_t state; /* enum connection_state */
+  union {
+    struct {
+      uint32_t generation;
+      uint32_t state; /* enum connection_state */
+    };
+    uint64_t identity; /* both, stored at once when the slot begins */
+  };
   uint32_t flags;
-  uint32_t requested;           /* newest request that was answered */
+  uint32_t requested;           /* newest request that was answered, with: */
+  int32_t answer;               /* 0 or an errno */
+  uint32_t asked;               /* newest request that began to take effect */
   struct vmmc_address local, peer;
   struct packet_end far;        /* the peer's end */
   uint32_t far_node;
@@ -45,6 +58,8 @@ struct connection {
   uint64_t consumed;            /* newest checked value of the app's */
   uint64_t told;                /* limit told to the peer */
   uint64_t grown;               /* consumed when the window last grew */
+  uint64_t entry;               /* passive: where it stands in its listener's queue */
+  uint32_t listener;            /* passive: the slot that it was accepted for */
   uint32_t window;
   uint32_t backlog;             /* listening */
   uint64_t committed;           /* bytes of the default buffer that are allocated, kept across uses */
@@ -78,9 +93,27 @@ struct own_command { /* the command that was taken, checked */
   struct vmmc_command command;
   uint32_t state; /* enum command_state */
   struct own_import import; /* transfers: as it was when the command was taken */
+  uint64_t effected;        /* index + 1 of the newest command here that began to take effect */
   uint64_t moved;           /* bytes of a transfer that were sent or fetched */
   uint64_t after;           /* SEND: index + 1 of the endpoint's send to that node before this; 0: none */
 };
+
+/* The newest send of a program that arrived whole: when its NIC repeats it, it is only answered. */
+struct own_sender {
+  uint32_t node, serial; /* whose */
+  uint64_t arrived;      /* index + 1, 0: none */
+};
+
+/* What the arrival of a send is about to change, so that a successor changes the same and no more. */
+struct own_arrival {
+  uint64_t arriving; /* index + 1 of the send, 0: none; stored last, cleared when all is done */
+  uint64_t arrivals; /* of the export, this one included */
+  uint64_t notifications; /* of the endpoint likewise */
+  uint32_t notify;
+  struct vmmc_notification notification;
+};
+
+enum { SENDERS = 512 }; /* by node and serial: two that share a place forget each other */
 
 struct own {
   uint32_t magic, version, serial;
@@ -92,6 +125,8 @@ struct own {
   struct own_command command[VMMC_COMMANDS];
   struct own_export export[VMMC_EXPORTS];
   struct own_import import[VMMC_EXPORTS];
+  struct own_arrival arrival;
+  struct own_sender sender[SENDERS];
   struct connection connection[VMMC_SLOTS];
 };
 

@@ -68,7 +68,7 @@ static bool port_in_use(uint16_t port) {
   return false;
 }
 
-/* Enters a binding for the connection.  0: the table is full. */
+/* Enters a binding, which counts once the connection refers to it.  0: the table is full. */
 static uint32_t enter(struct endpoint *e, uint32_t slot, const struct binding *candidate) {
   struct node_state *s = nic.state;
   uint32_t i = s->free_binding;
@@ -87,6 +87,7 @@ static uint32_t enter(struct endpoint *e, uint32_t slot, const struct binding *c
   b->generation = connection_of(e, slot)->generation;
   b->next = *bucket_of(b->address.port);
   *bucket_of(b->address.port) = i;
+  in_order();
   return i;
 }
 
@@ -99,9 +100,14 @@ static uint16_t choose_port(void) {
   return 0;
 }
 
-int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags) {
+int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags, uint32_t request) {
   struct connection *c = connection_of(e, slot);
-  if (c->binding) return EINVAL; /* bound already */
+  if (c->binding) {
+    if (c->asked != request) return EINVAL; /* bound already */
+    *address = nic.state->binding[c->binding - 1].address; /* by a NIC that died before it answered */
+    return 0;
+  }
+  c->asked = request;
   struct binding candidate = { .flags = flags, .address = *address };
   if (!candidate.address.port && !(candidate.address.port = choose_port())) return EADDRINUSE;
   if (conflicts(&candidate, 0)) return EADDRINUSE;
@@ -164,4 +170,21 @@ struct binding *port_listener(const struct vmmc_address *to, const struct vmmc_a
   }
   /* SO_REUSEPORT: several share the port, in turn */
   return count ? candidate[nic.state->round_robin++ % count] : NULL;
+}
+
+/* Buckets and the free list are made anew from the bindings that a connection refers to: the predecessor may
+ * have been killed while it changed them. */
+void ports_recover(void) {
+  struct node_state *s = nic.state;
+  memset(s->bucket, 0, sizeof s->bucket);
+  s->free_binding = 0;
+  for (uint32_t i = s->bindings_end; i; i--) {
+    struct binding *b = &s->binding[i - 1];
+    struct endpoint *e = endpoint_find(b->endpoint, b->serial);
+    struct connection *c = e && b->slot < VMMC_SLOTS ? connection_of(e, b->slot) : NULL;
+    b->used = c && c->state != CONNECTION_NONE && c->generation == b->generation && c->binding == i;
+    uint32_t *head = b->used ? bucket_of(b->address.port) : &s->free_binding;
+    b->next = *head;
+    *head = i;
+  }
 }

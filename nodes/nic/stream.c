@@ -20,6 +20,7 @@ void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint6
   link_push(link);
   /* After the packet is published: killed in between, the successor sends it again, and the receiver
    * knows the position. */
+  in_order();
   c->transmitted += length;
   atomic_store_explicit(&nic_slot(e, slot)->transmitted, c->transmitted, memory_order_relaxed);
   COUNT(e, bytes_sent, length);
@@ -72,6 +73,7 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   uint64_t moved = at - c->placed;
   /* The bytes before the position (release), the position before the claim is given up. */
   atomic_store_explicit(&nic_slot(e, slot)->placed, at, memory_order_release);
+  in_order();
   c->placed = at;
   redirect_done(&r);
   COUNT(e, bytes_received, moved);

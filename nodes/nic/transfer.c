@@ -91,20 +91,69 @@ bool transfer_transmit(struct work *work, struct link *link) {
 
 /* ---- at the exporter ---- */
 
-static int notify(struct endpoint *e, const struct packet *p, uint32_t node) {
-  struct vmmc_nic_header *header = nic_header(e);
-  uint64_t count = atomic_load_explicit(&header->notifications, memory_order_relaxed);
+static struct own_sender *sender_of(struct endpoint *e, uint32_t node, uint32_t serial) {
+  return &e->own->sender[(node * 31 + serial) % SENDERS];
+}
+
+/* Sends of one program to this node arrive in the order of their indices. */
+static bool arrived_before(struct endpoint *e, const struct packet *p, uint32_t node) {
+  const struct own_sender *s = sender_of(e, node, p->from.serial);
+  return s->node == node && s->serial == p->from.serial && p->command < s->arrived;
+}
+
+/* Carries out what own->arrival says.  Nothing in it depends on how often. */
+static void arrive(struct endpoint *e) {
+  struct own_arrival *a = &e->own->arrival;
+  const struct vmmc_notification *told = &a->notification;
+  struct vmmc_nic_export *n = (struct vmmc_nic_export *)(e->nic + VMMC_NIC_EXPORTS) + told->export_id;
+  n->last_offset = told->offset;
+  n->last_length = told->length;
+  atomic_store_explicit(&n->arrivals, a->arrivals, memory_order_release);
+  if (a->notify) {
+    struct vmmc_notification *place = (struct vmmc_notification *)(e->nic + VMMC_NIC_NOTIFICATIONS);
+    place[(a->notifications - 1) % VMMC_NOTIFICATIONS] = *told;
+    atomic_store_explicit(&nic_header(e)->notifications, a->notifications, memory_order_release);
+  }
+  struct own_sender *s = sender_of(e, told->node, told->sender);
+  if (s->node != told->node || s->serial != told->sender) s->arrived = 0;
+  in_order();
+  s->node = told->node;
+  s->serial = told->sender;
+  in_order();
+  s->arrived = a->arriving;
+  in_order();
+  a->arriving = 0;
+}
+
+/* The last piece of a send is placed.  0 or ENOBUFS: nobody takes the notifications. */
+static int arrived(struct endpoint *e, const struct packet *p, uint32_t node) {
+  const struct vmmc_nic_export *n = (struct vmmc_nic_export *)(e->nic + VMMC_NIC_EXPORTS) + p->to.slot;
+  uint64_t count = atomic_load_explicit(&nic_header(e)->notifications, memory_order_relaxed);
   /* acquire: the app has read the entries that it says it took */
   uint64_t taken = atomic_load_explicit(&app_header(e)->notifications_taken, memory_order_acquire);
-  if (count - taken >= VMMC_NOTIFICATIONS) return ENOBUFS; /* nobody takes them: the sender is told */
-  struct vmmc_notification *n =
-      (struct vmmc_notification *)(e->nic + VMMC_NIC_NOTIFICATIONS) + count % VMMC_NOTIFICATIONS;
-  *n = (struct vmmc_notification){ .offset = p->remote + p->length - p->total, .length = p->total,
-                                   .export_id = p->to.slot, .node = node, .tag = p->tag, .sender = p->from.serial };
-  atomic_store_explicit(&header->notifications, count + 1, memory_order_release);
-  COUNT(e, notifications, 1);
-  wake_notification(e);
+  bool counts = !(p->flags & PACKET_MORE), notify = counts && (p->flags & PACKET_NOTIFY);
+  if (notify && count - taken >= VMMC_NOTIFICATIONS) return ENOBUFS;
+  struct own_arrival *a = &e->own->arrival;
+  a->arrivals = atomic_load_explicit(&n->arrivals, memory_order_relaxed) + counts;
+  a->notifications = count + 1;
+  a->notify = notify;
+  a->notification = (struct vmmc_notification){ .offset = p->remote + p->length - p->total, .length = p->total,
+                                                .export_id = p->to.slot, .node = node, .tag = p->tag,
+                                                .sender = p->from.serial };
+  if (!counts) { /* a piece of a larger transfer: what arrived last stays as it is */
+    a->notification.offset = n->last_offset;
+    a->notification.length = n->last_length;
+  }
+  in_order();
+  a->arriving = p->command + 1;
+  in_order();
+  arrive(e);
+  if (notify) COUNT(e, notifications, 1);
   return 0;
+}
+
+void transfer_recover(struct endpoint *e) {
+  if (e->own->arrival.arriving) arrive(e);
 }
 
 /* Copies the piece to where it belongs: the posted address, or the exported buffer. */
@@ -137,21 +186,19 @@ static int place(struct endpoint *e, const struct packet *p, const char *from) {
 
 void transfer_send_arrived(struct link *link, const struct packet *p) {
   struct endpoint *e = endpoint_find(p->to.endpoint, p->to.serial);
+  if (e && !e->dying && e->vmmc_committed && arrived_before(e, p, link_node(link))) {
+    struct packet known = { .type = PACKET_SENT, .to = p->from, .command = p->command };
+    if (p->flags & PACKET_LAST) link_reply(link, &known);
+    return;
+  }
   int error = export_check(e, p, VMMC_PERMIT_WRITE);
   if (!error && (p->position > VMMC_HEAP_BYTES || p->length > VMMC_HEAP_BYTES - p->position)) error = EFAULT;
   struct remote *remote = error ? NULL : remote_find(link_node(link), p->from.serial);
   if (!error && !remote) error = ECONNRESET;
   if (!error) error = place(e, p, remote->app + VMMC_APP_HEAP + p->position);
   if (remote) remote_release(remote);
-  if (!error && (p->flags & PACKET_LAST) && !(p->flags & PACKET_MORE)) {
-    struct vmmc_nic_export *n = (struct vmmc_nic_export *)(e->nic + VMMC_NIC_EXPORTS) + p->to.slot;
-    n->last_offset = p->remote + p->length - p->total;
-    n->last_length = p->total;
-    atomic_store_explicit(&n->arrivals, atomic_load_explicit(&n->arrivals, memory_order_relaxed) + 1, memory_order_release);
-    if (p->flags & PACKET_NOTIFY)
-      error = notify(e, p, link_node(link));
-  }
-  /* Who waits for a redirection to fill looks at the export itself. */
+  if (!error && (p->flags & PACKET_LAST)) error = arrived(e, p, link_node(link));
+  /* For notifications, and for who waits for a redirection to fill and looks at the export itself. */
   if (!error) wake_notification(e);
   if (error && e && !e->dying) COUNT(e, commands_rejected, 1);
   if (!error && !(p->flags & PACKET_LAST)) return;
