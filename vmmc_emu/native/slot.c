@@ -44,7 +44,7 @@ static struct slots *slots_of(struct endpoint *e) {
 static struct slots *slots_make(struct endpoint *e) {
   struct slots *made = slots_of(e);
   if (made) return made;
-  pthread_mutex_lock(&making);
+  critical_lock(&making);
   made = slots_of(e);
   if (!made) {
     made = mmap(NULL, sizeof *made, PROT_READ | PROT_WRITE,
@@ -56,7 +56,7 @@ static struct slots *slots_make(struct endpoint *e) {
       atomic_store_explicit((_Atomic(void *) *)&e->sockets, made, memory_order_release);
     }
   }
-  pthread_mutex_unlock(&making);
+  critical_unlock(&making);
   return made;
 }
 
@@ -133,7 +133,6 @@ static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint
   s->full_at = 0;
   s->error_taken = 0;
   struct slot_memory *memory = slot_memory(e, slot);
-  memory->generation = generation;
   atomic_store_explicit(&memory->socket, s, memory_order_release);
   /* release: the NIC that sees the generation sees the rest */
   atomic_store_explicit(&a->generation, generation, memory_order_release);
@@ -147,7 +146,7 @@ int slot_take(struct vsocket *s) {
   if (!e) return -errno;
   struct slots *slots = slots_make(e);
   if (!slots) return -ENOMEM;
-  pthread_mutex_lock(&slots->lock);
+  critical_lock(&slots->lock);
   reap(e, slots);
   int error = 0;
   uint32_t slot = 0, generation = 0;
@@ -165,8 +164,9 @@ int slot_take(struct vsocket *s) {
     take_ring(slots, slot);
     generation = slots->memory[slot].generation + 1;
     if (!generation) generation = 1;
+    slots->memory[slot].generation = generation; /* under the lock: reap looks at it */
   }
-  pthread_mutex_unlock(&slots->lock);
+  critical_unlock(&slots->lock);
   if (!error) fill_slot(s, e, slot, generation);
   return error;
 }
@@ -174,26 +174,26 @@ int slot_take(struct vsocket *s) {
 void slot_give_back(struct vsocket *s) {
   struct slots *slots = slots_of(s->endpoint);
   atomic_store_explicit(&slots->memory[s->slot].socket, NULL, memory_order_release);
-  pthread_mutex_lock(&slots->lock);
+  critical_lock(&slots->lock);
   /* A passive slot waits here only for its ring's pages, and may stand here several times: it never takes
    * the room that the active ones need. */
   if (s->slot < VMMC_ACTIVE_SLOTS || slots->closed_count < VMMC_SLOTS - VMMC_ACTIVE_SLOTS)
     slots->closed[(slots->closed_head + slots->closed_count++) % VMMC_SLOTS] =
         (struct closed_slot){ s->slot, s->generation };
   reap(s->endpoint, slots);
-  pthread_mutex_unlock(&slots->lock);
+  critical_unlock(&slots->lock);
 }
 
 int slot_adopt(struct vsocket *s, struct endpoint *e, struct vmmc_accept_entry entry) {
   struct slots *slots = slots_of(e);
-  pthread_mutex_lock(&slots->lock);
+  critical_lock(&slots->lock);
   reap(e, slots);
   int error = commit_slot(e, slots, entry.slot);
   if (!error) {
     take_ring(slots, entry.slot);
     slots->memory[entry.slot].generation = entry.generation;
   }
-  pthread_mutex_unlock(&slots->lock);
+  critical_unlock(&slots->lock);
   if (!error) fill_slot(s, e, entry.slot, entry.generation);
   return error;
 }
@@ -205,5 +205,5 @@ struct vsocket *slot_holder(struct endpoint *e, uint32_t slot) {
   return atomic_load_explicit(&slots->memory[slot].socket, memory_order_acquire);
 }
 
-void slots_before_fork(void) { pthread_mutex_lock(&making); }
-void slots_after_fork(void) { pthread_mutex_unlock(&making); }
+void slots_before_fork(void) { critical_lock(&making); }
+void slots_after_fork(void) { critical_unlock(&making); }
