@@ -164,7 +164,7 @@ class Daemon:
         os.close(self._nic_pidfd)
         pid = self._store.nic_pid
         try:
-            how = describe_exit(os.waitpid(pid, 0)[1])
+            how = describe_exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         except ChildProcessError:
             how = "ended (it was a predecessor daemon's)"
         name = names.node_name(self._node)
@@ -486,9 +486,8 @@ def peer_pidfd(connection: socket.socket, pid: int) -> int:
     return os.pidfd_open(pid)
 
 
-def describe_exit(status: int) -> str:
-    """A wait status in words."""
-    code = os.waitstatus_to_exitcode(status)
+def describe_exit(code: int) -> str:
+    """An exit status, or the signal that ended a process as a negative number, in words."""
     if code < 0:
         with contextlib.suppress(ValueError):
             return f"was ended by {signal.Signals(-code).name}"

@@ -55,8 +55,9 @@ class Node:
 class Supervisor:
     """One cluster's supervisor."""
 
-    def __init__(self, place: paths.ClusterPaths, nodes: int, owner: int) -> None:
+    def __init__(self, place: paths.ClusterPaths, nodes: int, owner: int, lock: int) -> None:
         self._place, self._count, self._owner = place, nodes, owner
+        self._lock = lock  # daemons hold it too, so that the name stays taken while one of them lives
         self._protocol = Protocol()
         self._sizes = segment_sizes()
         self._loop = Loop()
@@ -172,12 +173,6 @@ class Supervisor:
         processes.record(self._place, pid, processes.DAEMON, node.store.node, f"daemon of {name}")
         self._loop.watch(ours.fileno(), lambda: self._take_message(node))
 
-    _lock = -1
-
-    def hold_lock(self, descriptor: int) -> None:
-        """The cluster's lock: daemons hold it too, so that the name stays taken while one of them lives."""
-        self._lock = descriptor
-
     def _take_message(self, node: Node) -> None:
         self._hear_daemon(node)
 
@@ -258,21 +253,12 @@ class Supervisor:
             pid = found.si_pid
             if pid in self._programs:
                 program, at = self._programs.pop(pid)
-                program.wait()
-                code = program.returncode
-                log(
-                    f"{names.node_name(at)} program {pid} "
-                    + (
-                        f"was ended by {signal.Signals(-code).name}"
-                        if code < 0
-                        else f"ended with status {code}"
-                    )
-                )
+                log(f"{names.node_name(at)} program {pid} {describe_exit(program.wait())}")
                 processes.forget(self._place, processes.PROGRAM, at, pid)
                 continue
             _, status = os.waitpid(pid, 0)
             if node := self._by_pid.pop(pid, None):
-                self._daemon_ended(node, describe_exit(status))
+                self._daemon_ended(node, describe_exit(os.waitstatus_to_exitcode(status)))
 
     # ---- detached programs ----
 
@@ -296,7 +282,7 @@ class Supervisor:
             answer = self._spawn(message["node"], *descriptors)
         except OSError as error:
             answer = {"errno": error.errno, "message": error.strerror, "filename": error.filename}
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, subprocess.SubprocessError) as error:
             answer = {"errno": 0, "message": f"a request that is none: {error}", "filename": None}
         finally:
             for descriptor in descriptors:
@@ -350,9 +336,7 @@ def main(cluster: str, nodes: int, runtime: str, owner: int) -> int:
         set_title(f"vmmc-emu: {cluster} supervisor", "vmmc supervisor")
         processes.record(place, os.getpid(), processes.SUPERVISOR, command="supervisor")
         become_subreaper()
-        supervisor = Supervisor(place, nodes, owner)
-        supervisor.hold_lock(lock)
-        failure = supervisor.run()
+        failure = Supervisor(place, nodes, owner, lock).run()
     except OSError as error:
         failure = str(error)
     lifecycle.end_processes(place)

@@ -292,6 +292,16 @@ def test_detach(up: Cli, running: Cluster, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
 
 
+def test_a_detached_program_ended_by_a_signal_without_a_name(up: Cli) -> None:
+    number = signal.SIGRTMIN + 6
+    output = up.ok("run", "--node", 2, "--detach", "--", "sh", "-c", f"kill -{number} $$")
+    pid = output.split("pid ")[1].split(";")[0]
+    deadline = time.monotonic() + 20
+    while f"node2 program {pid} was ended by signal {number}" not in up.ok("logs"):
+        assert time.monotonic() < deadline, up.ok("logs")
+    assert json.loads(up.ok("status", "--json"))["state"] == "up"
+
+
 def test_detached_programs_do_not_hold_our_output(up: Cli) -> None:
     """A pipe that is read to its end must not wait for the program."""
     began = time.monotonic()
