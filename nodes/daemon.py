@@ -122,6 +122,9 @@ class Daemon:
 
     def _start_nic(self) -> None:
         # What its predecessor left unread would be heard twice: everything is said anew below.
+        for _, descriptors in self._outbox:
+            for descriptor in descriptors:
+                os.close(descriptor)
         self._outbox.clear()
         with (
             contextlib.suppress(BlockingIOError),

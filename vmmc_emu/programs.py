@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -211,7 +211,7 @@ class _Stream:
     node: int
     descriptor: int
     error: bool
-    rest: bytes = b""
+    begun: list[bytes] = field(default_factory=list)  # the line that has no end yet, in pieces
 
 
 def run_everywhere(programs: Sequence[Program], write: Callable[[int, bytes, bool], None]) -> int:
@@ -228,13 +228,15 @@ def run_everywhere(programs: Sequence[Program], write: Callable[[int, bytes, boo
 
     def take(stream: _Stream) -> None:
         data = os.read(stream.descriptor, 65536)
-        lines = (stream.rest + data).split(b"\n")
-        stream.rest = lines.pop()
-        for line in lines:
-            write(stream.node, line + b"\n", stream.error)
+        *ends, rest = data.split(b"\n")
+        for end_of_line in ends:
+            write(stream.node, b"".join([*stream.begun, end_of_line, b"\n"]), stream.error)
+            stream.begun.clear()
+        if rest:
+            stream.begun.append(rest)
         if not data:
-            if stream.rest:
-                write(stream.node, stream.rest + b"\n", stream.error)
+            if stream.begun:
+                write(stream.node, b"".join([*stream.begun, b"\n"]), stream.error)
             loop.unwatch(stream.descriptor)
             os.close(stream.descriptor)
             streams.discard(stream.descriptor)

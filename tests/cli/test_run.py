@@ -292,6 +292,15 @@ def test_detach(up: Cli, running: Cluster, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
 
 
+def test_long_lines_and_lines_in_pieces(up: Cli) -> None:
+    long = "x" * 20_000_000
+    code = f"import sys; print('x' * {len(long)}); print('a', end='', flush=True); print('b\\n\\nc', end='')"
+    output = up.ok("run", "--node", "0,1", "--", sys.executable, "-c", code)
+    for node in ("node0", "node1"):
+        lines = [line.removeprefix(f"{node} | ") for line in output.split("\n") if line.startswith(node)]
+        assert lines == [long, "ab", "", "c"]
+
+
 def test_a_detached_program_ended_by_a_signal_without_a_name(up: Cli) -> None:
     number = signal.SIGRTMIN + 6
     output = up.ok("run", "--node", 2, "--detach", "--", "sh", "-c", f"kill -{number} $$")
