@@ -712,9 +712,8 @@ void connection_retell(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
   switch (c->state) {
     case CONNECTION_CONNECTING:
-      if (!(c->flags & SAID_CONNECT)) break;
-      c->flags &= ~(uint32_t)SAID_CONNECT;
-      c->flags |= CONNECT_AGAIN;
+      /* Also when it is not noted as said: it may have been, just before a death. */
+      c->flags = (c->flags & ~(uint32_t)SAID_CONNECT) | CONNECT_AGAIN;
       break;
     case CONNECTION_BUSY: /* RETRY may have been lost, and CONNECT may be answered anew */
       c->flags = (c->flags & ~(uint32_t)SAID_CONNECT) | CONNECT_AGAIN;
