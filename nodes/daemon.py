@@ -122,10 +122,9 @@ class Daemon:
 
     def _start_nic(self) -> None:
         # What its predecessor left unread would be heard twice: everything is said anew below.
-        for _, descriptors in self._outbox:
-            for descriptor in descriptors:
-                os.close(descriptor)
-        self._outbox.clear()
+        while self._outbox:
+            for unsent in self._outbox.popleft()[1]:
+                os.close(unsent)
         with (
             contextlib.suppress(BlockingIOError),
             socket.socket(fileno=os.dup(self._store.nic_control)) as theirs,
