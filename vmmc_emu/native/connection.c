@@ -101,28 +101,28 @@ uint64_t connection_deadline(uint64_t timeout_ns) {
  */
 static bool control_is_free(void *context) {
   struct vsocket *s = context;
-  pthread_mutex_lock(&s->control_lock);
+  critical_lock(&s->control_lock);
   bool free = !s->control_busy;
-  pthread_mutex_unlock(&s->control_lock);
+  critical_unlock(&s->control_lock);
   return free;
 }
 
 static void control_begin(struct vsocket *s) {
   struct wait_word word = { &s->local_wake, &s->local_asleep };
   for (;;) {
-    pthread_mutex_lock(&s->control_lock);
+    critical_lock(&s->control_lock);
     bool mine = !s->control_busy;
     s->control_busy = true;
-    pthread_mutex_unlock(&s->control_lock);
+    critical_unlock(&s->control_lock);
     if (mine) return;
     wait_until(&word, 1, control_is_free, s, WAIT_FOREVER, false); /* a signal does not end it */
   }
 }
 
 static void control_end(struct vsocket *s) {
-  pthread_mutex_lock(&s->control_lock);
+  critical_lock(&s->control_lock);
   s->control_busy = false;
-  pthread_mutex_unlock(&s->control_lock);
+  critical_unlock(&s->control_lock);
   connection_wake_local(s);
 }
 
@@ -302,9 +302,9 @@ int socket_accept(struct vsocket *s, bool nonblocking, struct vsocket **out) {
     struct vsocket *accepted = socket_new(s->family);
     if (!accepted) return -ENOMEM;
     inherit(accepted, s);
-    pthread_mutex_lock(&s->receive_lock);
+    critical_lock(&s->receive_lock);
     int error = accept_one(s, accepted);
-    pthread_mutex_unlock(&s->receive_lock);
+    critical_unlock(&s->receive_lock);
     if (!error) {
       *out = accepted;
       return 0;
@@ -334,8 +334,8 @@ static struct vmmc_address source_for(const struct vsocket *s, const struct vmmc
  * bound stays bound to the socket: the next request asks for it. */
 static void abandon(struct vsocket *s, uint32_t bits) {
   /* No send or receive may be in the slot when somebody else gets it. */
-  pthread_mutex_lock(&s->send_lock);
-  pthread_mutex_lock(&s->receive_lock);
+  critical_lock(&s->send_lock);
+  critical_lock(&s->receive_lock);
   if (s->generation) {
     atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
     endpoint_ring_slot(s->endpoint, s->slot);
@@ -344,8 +344,8 @@ static void abandon(struct vsocket *s, uint32_t bits) {
   s->generation = 0;
   s->shut = 0;
   atomic_store_explicit(&s->phase, s->bound ? SOCKET_BOUND : SOCKET_NEW, memory_order_release);
-  pthread_mutex_unlock(&s->receive_lock);
-  pthread_mutex_unlock(&s->send_lock);
+  critical_unlock(&s->receive_lock);
+  critical_unlock(&s->send_lock);
   connection_wake_local(s);
 }
 
@@ -476,11 +476,11 @@ int socket_shutdown(struct vsocket *s, int how) {
   }
   if (!view.connected || view.dead) return -ENOTCONN;
   bool over = connection_over(s); /* Linux then says so, and does it all the same */
-  pthread_mutex_lock(&s->send_lock); /* bytes that a send is about to publish go before the end */
+  critical_lock(&s->send_lock); /* bytes that a send is about to publish go before the end */
   atomic_fetch_or(&s->shut, bits);
   atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
   endpoint_ring_slot(s->endpoint, s->slot);
-  pthread_mutex_unlock(&s->send_lock);
+  critical_unlock(&s->send_lock);
   connection_wake_local(s);
   return over ? -ENOTCONN : 0;
 }

@@ -79,9 +79,9 @@ void *vmmc_alloc(struct vmmc_endpoint *v, uint64_t length) {
   }
   uint32_t pages = (uint32_t)((length + VMMC_PAGE - 1) / VMMC_PAGE), first = 0;
   size_t bytes = (size_t)pages * VMMC_PAGE;
-  pthread_mutex_lock(&v->lock);
+  critical_lock(&v->lock);
   bool taken = run_take(&v->heap, pages, &first);
-  pthread_mutex_unlock(&v->lock);
+  critical_unlock(&v->lock);
   if (!taken) {
     errno = ENOMEM;
     return NULL;
@@ -92,9 +92,9 @@ void *vmmc_alloc(struct vmmc_endpoint *v, uint64_t length) {
   /* The kernel says EFAULT where a store would have met SIGBUS. */
   int error = errno == EFAULT || errno == EAGAIN ? ENOMEM : errno;
   madvise(memory, bytes, MADV_REMOVE);
-  pthread_mutex_lock(&v->lock);
+  critical_lock(&v->lock);
   run_give(&v->heap, first, pages);
-  pthread_mutex_unlock(&v->lock);
+  critical_unlock(&v->lock);
   errno = error;
   return NULL;
 }
@@ -106,7 +106,7 @@ int vmmc_free(struct vmmc_endpoint *v, void *memory) {
   if ((char *)memory < heap_memory(v->endpoint) || offset >= VMMC_HEAP_BYTES || offset % VMMC_PAGE)
     return fail(EINVAL);
   uint32_t first = (uint32_t)(offset / VMMC_PAGE);
-  pthread_mutex_lock(&v->lock);
+  critical_lock(&v->lock);
   struct heap *heap = &v->heap;
   int error = 0;
   commands_advance(v); /* what was waited for by nobody may be over */
@@ -120,7 +120,7 @@ int vmmc_free(struct vmmc_endpoint *v, void *memory) {
     madvise(memory, (size_t)pages * VMMC_PAGE, MADV_REMOVE);
     run_give(heap, first, pages);
   }
-  pthread_mutex_unlock(&v->lock);
+  critical_unlock(&v->lock);
   return error ? fail(error) : 0;
 }
 
@@ -140,15 +140,15 @@ bool heap_hold(struct endpoint *e, const void *address, uint64_t length, uint64_
   if (at < heap || at >= heap + VMMC_HEAP_BYTES) return false;
   struct vmmc_endpoint *v = e->vmmc;
   if (!v) return false; /* nobody has allocated anything */
-  pthread_mutex_lock(&v->lock);
+  critical_lock(&v->lock);
   bool held = heap_offset(v, address, length, offset) && utlb_hold_all(v, *offset, length) == 0;
-  pthread_mutex_unlock(&v->lock);
+  critical_unlock(&v->lock);
   return held;
 }
 
 void heap_release(struct endpoint *e, uint64_t offset, uint64_t length) {
   struct vmmc_endpoint *v = e->vmmc;
-  pthread_mutex_lock(&v->lock);
+  critical_lock(&v->lock);
   utlb_release(v, offset, length);
-  pthread_mutex_unlock(&v->lock);
+  critical_unlock(&v->lock);
 }

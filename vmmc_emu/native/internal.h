@@ -27,7 +27,8 @@
 #define endpoint_ring_commands vmmc_i_endpoint_ring_commands
 #define endpoint_commit vmmc_i_endpoint_commit
 
-#define wait_self vmmc_i_wait_self
+#define wait_thread vmmc_i_wait_thread /* also the struct of that name */
+#define wait_put_off_end vmmc_i_wait_put_off_end
 #define wait_until vmmc_i_wait_until
 #define wait_signals_now vmmc_i_wait_signals_now
 #define wait_interrupted vmmc_i_wait_interrupted

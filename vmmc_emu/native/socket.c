@@ -39,11 +39,11 @@ static bool pool_grow(void) {
 /* A fork must find the locks free: its child may open sockets of its own. */
 static void before_fork(void) {
   slots_before_fork();
-  pthread_mutex_lock(&pool_lock);
+  critical_lock(&pool_lock);
 }
 
 static void after_fork(void) {
-  pthread_mutex_unlock(&pool_lock);
+  critical_unlock(&pool_lock);
   slots_after_fork();
 }
 
@@ -57,10 +57,10 @@ static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent
 struct vsocket *socket_new(int family) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, watch_forks);
-  pthread_mutex_lock(&pool_lock);
+  critical_lock(&pool_lock);
   struct vsocket *s = pool_free || pool_grow() ? pool_free : NULL;
   if (s) pool_free = s->next_free;
-  pthread_mutex_unlock(&pool_lock);
+  critical_unlock(&pool_lock);
   if (!s) return NULL;
 
   s->next_free = NULL;
@@ -154,10 +154,10 @@ void socket_release(struct vsocket *s) {
   } while (!atomic_compare_exchange_weak_explicit(&s->references, &n, n - 1, memory_order_acq_rel,
                                                   memory_order_acquire));
   if (n != 1) return;
-  pthread_mutex_lock(&pool_lock);
+  critical_lock(&pool_lock);
   s->next_free = pool_free;
   pool_free = s;
-  pthread_mutex_unlock(&pool_lock);
+  critical_unlock(&pool_lock);
 }
 
 /* ---- for the readiness layer ---- */

@@ -178,13 +178,13 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
   size_t length = pieces_length(vector, count), sent = 0;
   uint64_t deadline = 0; /* read from the clock only when it is needed */
   for (;;) {
-    pthread_mutex_lock(&s->send_lock);
+    critical_lock(&s->send_lock);
     ssize_t n = send_obstacle(s);
     /* Nothing to send is not kept waiting. */
     if (n == 0 || (n == -EAGAIN && !length && connection_view(s).connected))
       n = send_some(s, &from, length - sent);
     if (n == -EAGAIN && s->generation) note_full(s);
-    pthread_mutex_unlock(&s->send_lock);
+    critical_unlock(&s->send_lock);
     if (n >= 0) {
       sent += (size_t)n;
       if (sent == length) return (ssize_t)sent;
@@ -362,17 +362,17 @@ static void redirect_withdraw(struct redirected_receive *r) {
 
 static bool redirect_is_over(void *context) {
   struct redirected_receive *r = context;
-  pthread_mutex_lock(&r->socket->receive_lock);
+  critical_lock(&r->socket->receive_lock);
   redirect_progress(r);
   bool over = redirect_consumed(r) - r->position >= r->target || arrival(r->socket).ended;
-  pthread_mutex_unlock(&r->socket->receive_lock);
+  critical_unlock(&r->socket->receive_lock);
   return over;
 }
 
 static void redirect_end(struct redirected_receive *r, bool read_rest) {
   struct vsocket *s = r->socket;
   redirect_withdraw(r);
-  pthread_mutex_lock(&s->receive_lock);
+  critical_lock(&s->receive_lock);
   uint64_t at = redirect_consumed(r), end = at + arrival(s).waiting, from, to;
   redirect_told(r, at, end, &from, &to);
   /* Bytes that were redirected are nowhere else: they are read, if only by a thread that is cancelled. */
@@ -380,7 +380,7 @@ static void redirect_end(struct redirected_receive *r, bool read_rest) {
   if (redirect_consumed(r) < r->position + r->length) COUNT_APP(s, redirections_cancelled, 1);
   heap_release(s->endpoint, r->offset, r->length);
   s->redirecting = false;
-  pthread_mutex_unlock(&s->receive_lock);
+  critical_unlock(&s->receive_lock);
   connection_wake_local(s); /* readers that had to wait for this one */
 }
 
@@ -467,9 +467,9 @@ static ssize_t receive_look(struct receive *r) {
 
 static bool can_receive(void *context) {
   struct receive *r = context;
-  pthread_mutex_lock(&r->socket->receive_lock);
+  critical_lock(&r->socket->receive_lock);
   bool taken = r->socket->redirecting;
-  pthread_mutex_unlock(&r->socket->receive_lock);
+  critical_unlock(&r->socket->receive_lock);
   if (taken) return false;
   struct arrival a = arrival(r->socket);
   uint64_t target = (r->flags & MSG_WAITALL) && !(r->flags & MSG_PEEK) ? 1 : receive_target(r);
@@ -502,9 +502,9 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
   for (;;) {
     uint64_t target = receive_target(&r);
     size_t before = r.got;
-    pthread_mutex_lock(&s->receive_lock);
+    critical_lock(&s->receive_lock);
     ssize_t n = receive_look(&r);
-    pthread_mutex_unlock(&s->receive_lock);
+    critical_unlock(&s->receive_lock);
     if (n != -EAGAIN) return n;
     if (flags & MSG_DONTWAIT) return -EAGAIN;
     if (!deadline) deadline = connection_deadline(s->receive_timeout_ns);

@@ -29,14 +29,13 @@ struct waiter {
 };
 enum { WAITER_32 = 2, WAITER_PRIVATE = 128 };
 
-static _Thread_local struct wait_thread self __attribute__((tls_model("initial-exec")));
+_Thread_local struct wait_thread wait_thread __attribute__((tls_model("initial-exec")));
+void (*wait_put_off_end)(void);
 static _Atomic bool no_waitv; /* the kernel, or a filter over it, does not have futex_waitv */
 
-struct wait_thread *wait_self(void) { return &self; }
-
 struct wait_signals wait_signals_now(void) {
-  return (struct wait_signals){ atomic_load_explicit(&self.signals, memory_order_relaxed),
-                                atomic_load_explicit(&self.signals_no_restart, memory_order_relaxed) };
+  return (struct wait_signals){ atomic_load_explicit(&wait_thread.signals, memory_order_relaxed),
+                                atomic_load_explicit(&wait_thread.signals_no_restart, memory_order_relaxed) };
 }
 
 bool wait_interrupted(struct wait_signals since, bool timed_call) {
@@ -104,12 +103,12 @@ sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void
   volatile int result = 0;
   int old_type;
   /* Values are taken before the last look: what changes after it wakes us or keeps us awake. */
-  uint32_t signals = atomic_load_explicit(&self.signals, memory_order_relaxed);
+  uint32_t signals = atomic_load_explicit(&wait_thread.signals, memory_order_relaxed);
   announce(&sleep);
   pthread_cleanup_push(retract, &sleep);
   for (int i = 0; i < count; i++)
     waiters[i] = (struct waiter){ atomic_load(words[i].word), (uintptr_t)words[i].word, WAITER_32, 0 };
-  waiters[count] = (struct waiter){ signals, (uintptr_t)&self.signals, WAITER_32 | WAITER_PRIVATE, 0 };
+  waiters[count] = (struct waiter){ signals, (uintptr_t)&wait_thread.signals, WAITER_32 | WAITER_PRIVATE, 0 };
   if (!ready(context) && !wait_interrupted(since, timed_call)) {
     count_sleep();
     /* As a blocking call of libc's: pthread_cancel ends the sleep, and nothing else in here. */
@@ -124,16 +123,16 @@ sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void
 int wait_until(const struct wait_word *words, int count, bool (*ready)(void *context), void *context,
                uint64_t deadline_ns, bool timed_call) {
   struct wait_signals since = wait_signals_now();
-  vmmc_idle_reset(&self.idle);
+  vmmc_idle_reset(&wait_thread.idle);
   for (;;) {
     if (ready(context)) return 0;
     if (wait_interrupted(since, timed_call)) return -EINTR;
     if (deadline_ns != WAIT_FOREVER && vmmc_now_ns() >= deadline_ns) return -ETIMEDOUT;
-    if (vmmc_idle_poll(&self.idle)) continue;
-    uint32_t before = atomic_load_explicit(&self.signals, memory_order_relaxed);
+    if (vmmc_idle_poll(&wait_thread.idle)) continue;
+    uint32_t before = atomic_load_explicit(&wait_thread.signals, memory_order_relaxed);
     int result = sleep_once(words, count, ready, context, since, deadline_ns, timed_call);
     /* Where handlers are counted the counts decide; where they are not, the kernel does. */
-    if (result == -EINTR && before == atomic_load_explicit(&self.signals, memory_order_relaxed))
+    if (result == -EINTR && before == atomic_load_explicit(&wait_thread.signals, memory_order_relaxed))
       return ready(context) ? 0 : -EINTR;
   }
 }

@@ -3,6 +3,8 @@
 #ifndef VMMC_WAIT_H
 #define VMMC_WAIT_H
 
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -21,9 +23,48 @@ VMMC_INTERNAL_BEGIN
 struct wait_thread {
   _Atomic uint32_t signals;            /* handlers that ran in this thread: also a futex word */
   _Atomic uint32_t signals_no_restart; /* of those, how many were installed without SA_RESTART */
+  _Atomic uint32_t critical;           /* depth of critical sections: see below */
+  _Atomic bool put_off;                /* a handler waits for the end of the critical section */
   struct vmmc_idle idle;
 };
-struct wait_thread *wait_self(void); /* this thread's; async-signal-safe (initial-exec TLS) */
+/* This thread's.  Initial-exec, so that it may be used in a signal handler and costs no call. */
+extern _Thread_local struct wait_thread wait_thread __attribute__((tls_model("initial-exec")));
+static inline struct wait_thread *wait_self(void) { return &wait_thread; }
+
+/*
+ * Critical sections.  close, send, poll and their like are calls that a signal handler may make, so no
+ * handler may run in a thread that has one of our locks.  Blocking signals would cost two system calls a
+ * lock; instead the interposer's wrapper of handlers looks whether its thread is in a critical section, and
+ * if so puts the signal off: `wait_put_off_end`, which it sets, lets it come at the section's end.  All
+ * this is one thread talking to itself, so relaxed order and fences for the compiler do.
+ */
+extern void (*wait_put_off_end)(void);
+
+static inline void critical_begin(void) {
+  uint32_t depth = atomic_load_explicit(&wait_thread.critical, memory_order_relaxed);
+  atomic_store_explicit(&wait_thread.critical, depth + 1, memory_order_relaxed);
+  atomic_signal_fence(memory_order_seq_cst);
+}
+
+static inline void critical_end(void) {
+  atomic_signal_fence(memory_order_seq_cst);
+  uint32_t depth = atomic_load_explicit(&wait_thread.critical, memory_order_relaxed) - 1;
+  atomic_store_explicit(&wait_thread.critical, depth, memory_order_relaxed);
+  atomic_signal_fence(memory_order_seq_cst);
+  if (__builtin_expect(atomic_load_explicit(&wait_thread.put_off, memory_order_relaxed), 0) && !depth)
+    wait_put_off_end();
+}
+
+/* A lock of ours, held for a few lines and never asleep. */
+static inline void critical_lock(pthread_mutex_t *lock) {
+  critical_begin();
+  pthread_mutex_lock(lock);
+}
+
+static inline void critical_unlock(pthread_mutex_t *lock) {
+  pthread_mutex_unlock(lock);
+  critical_end();
+}
 
 /* What a wait looks at: its NIC-written word and the count of sleepers that the NIC reads. */
 struct wait_word {

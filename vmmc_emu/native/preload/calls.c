@@ -25,16 +25,22 @@ static bool is_nonblocking(const struct file *f) {
 static int flags_of(const struct file *f, int flags) { return is_nonblocking(f) ? flags | MSG_DONTWAIT : flags; }
 
 static ssize_t received(struct file *f, const struct iovec *vector, int count, int flags) {
-  ssize_t result = socket_receive(f->socket, vector, count, flags_of(f, flags));
-  file_put(f);
+  ssize_t result;
+  {
+    HOLDING(f);
+    result = socket_receive(f->socket, vector, count, flags_of(f, flags));
+  }
   if (result >= 0) return result;
   errno = (int)-result;
   return -1;
 }
 
 static ssize_t sent(struct file *f, const struct iovec *vector, int count, int flags) {
-  ssize_t result = socket_send(f->socket, vector, count, flags_of(f, flags));
-  file_put(f);
+  ssize_t result;
+  {
+    HOLDING(f);
+    result = socket_send(f->socket, vector, count, flags_of(f, flags));
+  }
   if (result >= 0) return result;
   if (result == -EPIPE && !(flags & MSG_NOSIGNAL)) raise(SIGPIPE);
   errno = (int)-result;
@@ -217,17 +223,20 @@ INTERPOSE int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int fla
 
 /* ---- files ---- */
 
-static ssize_t send_file(struct file *f, int from, off64_t *offset, size_t length) {
+static void free_buffer(char **buffer) { free(*buffer); }
+
+/* f stays the caller's. */
+static ssize_t send_file_held(struct file *f, int from, off64_t *offset, size_t length) {
   struct stat status;
   int flags = REAL(fcntl)(from, F_GETFL);
-  if (flags < 0 || (flags & O_ACCMODE) == O_WRONLY) return wrong(f, EBADF);
-  if (fstat(from, &status) < 0) return wrong(f, errno);
-  if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) return wrong(f, EINVAL); /* as the kernel: must be mappable */
+  if (flags < 0 || (flags & O_ACCMODE) == O_WRONLY) return -EBADF;
+  if (fstat(from, &status) < 0) return -errno;
+  if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) return -EINVAL; /* as the kernel: must be mappable */
   off64_t at = offset ? *offset : lseek64(from, 0, SEEK_CUR);
-  if (at < 0) return wrong(f, EINVAL);
+  if (at < 0) return -EINVAL;
   enum { CHUNK = 64 * 1024 };
-  char *buffer = malloc(CHUNK);
-  if (!buffer) return wrong(f, ENOMEM);
+  char *buffer __attribute__((cleanup(free_buffer))) = malloc(CHUNK);
+  if (!buffer) return -ENOMEM;
   ssize_t total = 0, result = 0;
   while ((size_t)total < length) {
     /* Room first: what is read and does not fit would be read again. */
@@ -245,11 +254,18 @@ static ssize_t send_file(struct file *f, int from, off64_t *offset, size_t lengt
     at += result;
     if (result < got) break; /* non-blocking and full, or interrupted */
   }
-  free(buffer);
   if (offset) *offset = at;
   else if (total) lseek64(from, at, SEEK_SET);
-  file_put(f);
-  if (total || result >= 0) return total;
+  return total ? total : result;
+}
+
+static ssize_t send_file(struct file *f, int from, off64_t *offset, size_t length) {
+  ssize_t result;
+  {
+    HOLDING(f);
+    result = send_file_held(f, from, offset, length);
+  }
+  if (result >= 0) return result;
   if (result == -EPIPE) raise(SIGPIPE);
   errno = (int)-result;
   return -1;

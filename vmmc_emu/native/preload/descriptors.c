@@ -29,7 +29,7 @@ static const char base_name[] = "\0vmmc."; /* how the base socket's address begi
 /* ---- files ---- */
 
 struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instance *set) {
-  pthread_mutex_lock(&table_lock);
+  critical_lock(&table_lock);
   struct file *f = unused_files;
   if (f) {
     unused_files = f->next_free;
@@ -43,7 +43,7 @@ struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instan
     }
     f = batch;
   }
-  pthread_mutex_unlock(&table_lock);
+  critical_unlock(&table_lock);
   if (!f) {
     errno = ENOMEM;
     return NULL;
@@ -79,10 +79,10 @@ void file_put(struct file *f) {
     socket_close(f->socket);
     socket_release(f->socket);
   }
-  pthread_mutex_lock(&table_lock);
+  critical_lock(&table_lock);
   f->next_free = unused_files;
   unused_files = f;
-  pthread_mutex_unlock(&table_lock);
+  critical_unlock(&table_lock);
   errno = error;
 }
 
@@ -148,7 +148,7 @@ void descriptor_walk(unsigned first, unsigned last, void (*visit)(int fd, struct
 
 bool descriptor_is_borrowed(void) {
   if (!process_is_ours()) process_forked();
-  return (int32_t)syscall(SYS_getpid) != atomic_load_explicit(&owner_pid, memory_order_relaxed);
+  return (int32_t)REAL(syscall)(SYS_getpid) != atomic_load_explicit(&owner_pid, memory_order_relaxed);
 }
 
 /* ---- placeholders ---- */
@@ -189,9 +189,9 @@ static int base_open(void) {
 }
 
 int descriptor_placeholder(bool close_on_exec) {
-  pthread_mutex_lock(&table_lock);
+  critical_lock(&table_lock);
   int base = base_open();
-  pthread_mutex_unlock(&table_lock);
+  critical_unlock(&table_lock);
   if (base < 0) return -1;
   return REAL(fcntl)(base, close_on_exec ? F_DUPFD_CLOEXEC : F_DUPFD, 0);
 }
@@ -213,7 +213,7 @@ static void close_to_child(int fd, struct file *f, void *context) {
 
 void descriptor_fork_child(void) {
   table_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
-  atomic_store_explicit(&owner_pid, (int32_t)syscall(SYS_getpid), memory_order_relaxed);
+  atomic_store_explicit(&owner_pid, (int32_t)REAL(syscall)(SYS_getpid), memory_order_relaxed);
   atomic_store_explicit(&open_sockets, 0, memory_order_relaxed);
   descriptor_walk(0, UINT32_MAX, close_to_child, NULL);
   base_unsure = true; /* the endpoint's own fork handler closes private descriptors, perhaps after this one */
@@ -350,15 +350,15 @@ static void forget_one(int fd, struct file *f, void *context) {
 
 static int range_call(unsigned first, unsigned last, int flags) {
   if (REAL(close_range)) return REAL(close_range)(first, last, flags);
-  return (int)syscall(SYS_close_range, first, last, flags);
+  return (int)REAL(syscall)(SYS_close_range, first, last, flags);
 }
 
 /* Which of the library's own descriptors lie in [first, last], ascending; at most `room` of them. */
 static int private_between(unsigned first, unsigned last, unsigned *found, int room) {
-  int count = 0, directory = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  int count = 0, directory = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (directory < 0) return 0;
   char buffer[4096];
-  for (long length; (length = syscall(SYS_getdents64, directory, buffer, sizeof buffer)) > 0;) {
+  for (long length; (length = REAL(syscall)(SYS_getdents64, directory, buffer, sizeof buffer)) > 0;) {
     for (long at = 0; at < length;) {
       struct { /* linux_dirent64 */
         uint64_t inode;
@@ -376,7 +376,7 @@ static int private_between(unsigned first, unsigned last, unsigned *found, int r
       found[place] = fd;
     }
   }
-  syscall(SYS_close, directory);
+  REAL(syscall)(SYS_close, directory);
   return count;
 }
 

@@ -64,6 +64,10 @@ static inline struct file *socket_get(int fd) {
 void file_hold(struct file *f);
 void file_put(struct file *f); /* keeps errno */
 
+/* Gives a file back at the end of the block, also when the thread is cancelled in it. */
+static inline void file_put_held(struct file **f) { file_put(*f); }
+#define HOLDING(f) struct file *held_ __attribute__((cleanup(file_put_held), unused)) = (f)
+
 /* A new file with one hold, or NULL: ENOMEM. Takes over the reference to the socket. */
 struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instance *set);
 

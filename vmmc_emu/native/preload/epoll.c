@@ -61,7 +61,7 @@ static struct file *adopt(int epoll_fd, int socket_fd) {
 static void call_back(struct instance *set, int epoll_fd) { /* with routes held */
   if (!atomic_load(&set->kernel_waiters)) return;
   if (set->kick_fd < 0)
-    set->kick_fd = endpoint_private_descriptor((int)syscall(SYS_eventfd2, 1, EFD_CLOEXEC | EFD_NONBLOCK));
+    set->kick_fd = endpoint_private_descriptor((int)REAL(syscall)(SYS_eventfd2, 1, EFD_CLOEXEC | EFD_NONBLOCK));
   struct epoll_event event = {.events = EPOLLIN, .data.ptr = set};
   if (set->kick_fd >= 0) REAL(epoll_ctl)(epoll_fd, EPOLL_CTL_ADD, set->kick_fd, &event);
 }
@@ -93,12 +93,12 @@ static int change_socket(struct instance *set, int epoll_fd, int operation, int 
     set_remove(item);
     item = NULL;
   } else if (operation == EPOLL_CTL_MOD && !(item->events & EPOLLEXCLUSIVE)) {
-    pthread_mutex_lock(&set->lock);
+    critical_lock(&set->lock);
     item->events = event->events;
     item->data = event->data;
     item->fresh = true;
     item->disabled = false;
-    pthread_mutex_unlock(&set->lock);
+    critical_unlock(&set->lock);
   } else {
     result = -EINVAL;
     item = NULL;
@@ -179,6 +179,7 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
       int count = collect(set, epoll_fd, events, room, true);
       if (count) return count;
     }
+    if (deadline_ns == 0) return 0; /* only a look: as in the kernel, nothing interrupts it */
     if (wait_interrupted(since, true)) {
       errno = EINTR;
       return -1;
@@ -192,24 +193,39 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
   }
 }
 
-static int wait_call(int epoll_fd, struct epoll_event *events, int room, const struct timespec *timeout,
-                     const sigset_t *mask) {
-  struct file *f = descriptor_peek(epoll_fd) ? file_get(epoll_fd) : NULL;
-  /* The kernel's answer to what is no set of ours, and to nonsense. */
-  if (!f || f->kind != FILE_EPOLL || !events || room <= 0 || (timeout && (timeout->tv_sec < 0 || timeout->tv_nsec < 0))) {
-    if (f) file_put(f);
-    if (REAL(epoll_pwait2)) return REAL(epoll_pwait2)(epoll_fd, events, room, timeout, mask);
-    return REAL(epoll_pwait)(epoll_fd, events, room, timeout ? (int)(timeout->tv_sec * 1000 + timeout->tv_nsec / 1000000) : -1, mask);
+/* A signal mask that is in force for the time of a call, cancelled or not. */
+struct masked {
+  const sigset_t *mask;
+  sigset_t before;
+};
+static void unmask(struct masked *m) {
+  int error = errno;
+  if (m->mask) pthread_sigmask(SIG_SETMASK, &m->before, NULL);
+  errno = error;
+}
+
+struct kernel_wait {
+  struct instance *set;
+  int epoll_fd;
+};
+static void kernel_wait_end(struct kernel_wait *w) {
+  int error = errno;
+  if (atomic_fetch_sub(&w->set->kernel_waiters, 1) == 1 && w->set->kick_fd >= 0) {
+    routes_take();
+    if (w->set->kick_fd >= 0 && !atomic_load(&w->set->kernel_waiters))
+      REAL(epoll_ctl)(w->epoll_fd, EPOLL_CTL_DEL, w->set->kick_fd, NULL);
+    routes_release();
   }
-  struct instance *set = f->set;
-  struct wait_signals since = wait_signals_now();
-  uint64_t deadline_ns = WAIT_FOREVER;
-  if (timeout && timeout->tv_sec < INT_MAX)
-    deadline_ns = (timeout->tv_sec || timeout->tv_nsec ? vmmc_now_ns() : 0) + (uint64_t)timeout->tv_sec * 1000000000 +
-                  (uint64_t)timeout->tv_nsec;
+  errno = error;
+}
+
+/* The wait as long as the set has no sockets.  False: it has some now; else *result. */
+static bool wait_in_kernel(struct instance *set, int epoll_fd, struct epoll_event *events, int room,
+                           uint64_t deadline_ns, const sigset_t *mask, int *result) {
   int count = 0;
   bool over = false;
   atomic_fetch_add(&set->kernel_waiters, 1); /* before the look at members: whoever adds one looks after */
+  struct kernel_wait wait __attribute__((cleanup(kernel_wait_end), unused)) = {set, epoll_fd};
   while (!over && !atomic_load(&set->members)) {
     struct timespec left = {0, 0}, *left_or_forever = &left;
     uint64_t now = deadline_ns && deadline_ns != WAIT_FOREVER ? vmmc_now_ns() : 0;
@@ -222,21 +238,31 @@ static int wait_call(int epoll_fd, struct epoll_event *events, int room, const s
     over = mine == count || mine > 0; /* anything but a call-back alone */
     count = mine;
   }
-  if (atomic_fetch_sub(&set->kernel_waiters, 1) == 1 && set->kick_fd >= 0) {
-    routes_take();
-    if (set->kick_fd >= 0 && !atomic_load(&set->kernel_waiters)) REAL(epoll_ctl)(epoll_fd, EPOLL_CTL_DEL, set->kick_fd, NULL);
-    routes_release();
+  *result = count;
+  return over;
+}
+
+static int wait_call(int epoll_fd, struct epoll_event *events, int room, const struct timespec *timeout,
+                     const sigset_t *mask) {
+  struct file *f = descriptor_peek(epoll_fd) ? file_get(epoll_fd) : NULL;
+  /* The kernel's answer to what is no set of ours, and to nonsense. */
+  if (!f || f->kind != FILE_EPOLL || !events || room <= 0 || (timeout && (timeout->tv_sec < 0 || timeout->tv_nsec < 0))) {
+    if (f) file_put(f);
+    if (REAL(epoll_pwait2)) return REAL(epoll_pwait2)(epoll_fd, events, room, timeout, mask);
+    return REAL(epoll_pwait)(epoll_fd, events, room, timeout ? (int)(timeout->tv_sec * 1000 + timeout->tv_nsec / 1000000) : -1, mask);
   }
-  if (!over) {
-    sigset_t before;
-    if (mask) pthread_sigmask(SIG_SETMASK, mask, &before); /* after `since`: what it lets through interrupts */
-    count = wait_mixed(set, epoll_fd, events, room, deadline_ns, since);
-    int error = errno;
-    if (mask) pthread_sigmask(SIG_SETMASK, &before, NULL);
-    errno = error;
-  }
-  file_put(f);
-  return count;
+  HOLDING(f);
+  struct instance *set = f->set;
+  struct wait_signals since = wait_signals_now();
+  uint64_t deadline_ns = WAIT_FOREVER;
+  if (timeout && timeout->tv_sec < INT_MAX)
+    deadline_ns = (timeout->tv_sec || timeout->tv_nsec ? vmmc_now_ns() : 0) + (uint64_t)timeout->tv_sec * 1000000000 +
+                  (uint64_t)timeout->tv_nsec;
+  int count = 0;
+  if (wait_in_kernel(set, epoll_fd, events, room, deadline_ns, mask, &count)) return count;
+  struct masked masked __attribute__((cleanup(unmask))) = {.mask = mask};
+  if (mask) pthread_sigmask(SIG_SETMASK, mask, &masked.before); /* after `since`: what it lets through interrupts */
+  return wait_mixed(set, epoll_fd, events, room, deadline_ns, since);
 }
 
 static int wait_ms(int epoll_fd, struct epoll_event *events, int room, int timeout_ms, const sigset_t *mask) {

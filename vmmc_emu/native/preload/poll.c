@@ -92,7 +92,8 @@ static struct instance *gather(struct look *look) {
   return NULL;
 }
 
-static void scatter(struct instance *set) {
+static void scatter(struct instance **gathered) {
+  struct instance *set = *gathered;
   if (!set) return;
   routes_take();
   set_remove_all(set);
@@ -114,7 +115,7 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
     return -1;
   }
   struct vmmc_idle *idle = &wait_self()->idle;
-  struct instance *set = NULL;
+  struct instance *set __attribute__((cleanup(scatter))) = NULL; /* also when the thread is cancelled */
   int result = 0;
   vmmc_idle_reset(idle);
   for (unsigned round = 0;; round++) {
@@ -149,46 +150,58 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
     vmmc_idle_reset(idle);
     round = UINT_MAX;
   }
-  scatter(set);
   return result;
+}
+
+/* What a call has while it is under way, cancelled or not. */
+struct call {
+  struct look look;
+  void *memory;
+  const sigset_t *mask; /* in force since `before` was */
+  sigset_t before;
+};
+
+static void call_end(struct call *call) {
+  int error = errno;
+  if (call->mask) pthread_sigmask(SIG_SETMASK, &call->before, NULL);
+  for (nfds_t i = 0; i < call->look.count; i++)
+    if (call->look.files[i]) file_put(call->look.files[i]);
+  free(call->memory);
+  errno = error;
 }
 
 /* poll over a set that has some of ours in it. deadline_ns 0: only look. */
 static int poll_ours(struct pollfd *set, nfds_t count, uint64_t deadline_ns, const sigset_t *mask) {
   struct file *few_files[ON_STACK];
   struct pollfd few_kernel[ON_STACK + 1];
-  struct look look = {.set = set, .count = count, .files = few_files, .kernel = few_kernel};
-  void *memory = NULL;
+  struct call call __attribute__((cleanup(call_end))) = {.look = {.set = set, .files = few_files, .kernel = few_kernel}};
+  struct look *look = &call.look;
   if (count > ON_STACK) {
-    memory = malloc(count * sizeof(struct file *) + (count + 1) * sizeof(struct pollfd));
-    if (!memory) {
+    call.memory = malloc(count * sizeof(struct file *) + (count + 1) * sizeof(struct pollfd));
+    if (!call.memory) {
       errno = ENOMEM;
       return -1;
     }
-    look.files = memory;
-    look.kernel = (struct pollfd *)(look.files + count);
+    look->files = call.memory;
+    look->kernel = (struct pollfd *)(look->files + count);
   }
   for (nfds_t i = 0; i < count; i++) {
     struct file *f = set[i].fd >= 0 ? file_get(set[i].fd) : NULL;
-    look.files[i] = f;
-    look.kernel[i] = set[i];
+    look->files[i] = f;
+    look->count++;
+    look->kernel[i] = set[i];
     set[i].revents = 0;
-    if (f) look.ours++;
-    if (f && f->kind == FILE_EPOLL) look.nested++;
-    if (f && f->kind != FILE_EPOLL) look.kernel[i].fd = -1;
-    else if (set[i].fd >= 0) look.theirs++;
+    if (f) look->ours++;
+    if (f && f->kind == FILE_EPOLL) look->nested++;
+    if (f && f->kind != FILE_EPOLL) look->kernel[i].fd = -1;
+    else if (set[i].fd >= 0) look->theirs++;
   }
   struct wait_signals since = wait_signals_now();
-  sigset_t before;
-  if (mask) pthread_sigmask(SIG_SETMASK, mask, &before); /* after `since`: what it lets through interrupts */
-  int result = wait_for(&look, deadline_ns, since, mask != NULL);
-  int error = errno;
-  if (mask) pthread_sigmask(SIG_SETMASK, &before, NULL);
-  for (nfds_t i = 0; i < count; i++)
-    if (look.files[i]) file_put(look.files[i]);
-  free(memory);
-  errno = error;
-  return result;
+  if (mask) {
+    pthread_sigmask(SIG_SETMASK, mask, &call.before); /* after `since`: what it lets through interrupts */
+    call.mask = mask;
+  }
+  return wait_for(look, deadline_ns, since, mask != NULL);
 }
 
 static bool has_ours(const struct pollfd *set, nfds_t count) {
@@ -258,10 +271,16 @@ enum { /* which poll bits stand for which set, as in the kernel's select */
   SELECT_EXCEPT = POLLPRI,
 };
 
+static void free_memory(struct pollfd **memory) {
+  int error = errno;
+  free(*memory);
+  errno = error;
+}
+
 static int select_ours(int limit, fd_set *in, fd_set *out, fd_set *except, uint64_t deadline_ns, const sigset_t *mask) {
-  struct pollfd few[ON_STACK], *set = few;
+  struct pollfd few[ON_STACK], *set = few, *memory __attribute__((cleanup(free_memory))) = NULL;
   nfds_t count = 0;
-  if (limit > ON_STACK && !(set = malloc((size_t)limit * sizeof *set))) {
+  if (limit > ON_STACK && !(set = memory = malloc((size_t)limit * sizeof *set))) {
     errno = ENOMEM;
     return -1;
   }
@@ -307,11 +326,6 @@ static int select_ours(int limit, fd_set *in, fd_set *out, fd_set *except, uint6
       if (wanted & POLLOUT && got & SELECT_OUT) put_bit(out, set[i].fd);
       if (wanted & POLLPRI && got & SELECT_EXCEPT) put_bit(except, set[i].fd);
     }
-  }
-  if (set != few) {
-    int error = errno;
-    free(set);
-    errno = error;
   }
   return result;
 }

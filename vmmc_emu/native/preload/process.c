@@ -32,14 +32,14 @@ static volatile char *fork_mark; /* a page of its own that the kernel wipes in a
 void process_say(const char *format, ...) {
   int error = errno;
   char line[512];
-  int length = snprintf(line, sizeof line, "vmmc: %s[%d]: ", program_invocation_short_name, (int)syscall(SYS_getpid));
+  int length = snprintf(line, sizeof line, "vmmc: %s[%d]: ", program_invocation_short_name, (int)REAL(syscall)(SYS_getpid));
   va_list arguments;
   va_start(arguments, format);
   length += vsnprintf(line + length, sizeof line - (size_t)length - 1, format, arguments);
   va_end(arguments);
   if (length > (int)sizeof line - 2) length = sizeof line - 2;
   line[length++] = '\n';
-  (void)!syscall(SYS_write, 2, line, (size_t)length);
+  (void)!REAL(syscall)(SYS_write, 2, line, (size_t)length);
   errno = error;
 }
 
@@ -146,11 +146,11 @@ static void warn_about(int fd, const char *path) {
   snprintf(names[0], sizeof names[0], "%s", path);
   for (int level = 0; fd >= 0 && level < 4; level++) {
     const char *why = why_around(fd, names[1], sizeof names[1]);
-    if (level) syscall(SYS_close, fd);
+    if (level) REAL(syscall)(SYS_close, fd);
     if (why) process_say("%s %s: it goes around VMMC, its sockets are the host's and not the node's", names[0], why);
     if (why || !names[1][0]) return;
     memcpy(names[0], names[1], sizeof names[0]);
-    fd = (int)syscall(SYS_openat, AT_FDCWD, names[0], O_RDONLY | O_CLOEXEC);
+    fd = (int)REAL(syscall)(SYS_openat, AT_FDCWD, names[0], O_RDONLY | O_CLOEXEC);
   }
 }
 
@@ -160,7 +160,7 @@ static void examine(const char *path, bool search) {
   int error = errno, fd = -1;
   char candidate[PATH_MAX];
   if (!search || strchr(path, '/')) {
-    fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC);
+    fd = (int)REAL(syscall)(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC);
   } else {
     const char *from = getenv("PATH");
     if (!from) from = "/bin:/usr/bin";
@@ -168,7 +168,7 @@ static void examine(const char *path, bool search) {
       size_t length = strcspn(from, ":");
       if (snprintf(candidate, sizeof candidate, "%.*s/%s", (int)length, from, path) < (int)sizeof candidate &&
           access(candidate, X_OK) == 0) {
-        fd = (int)syscall(SYS_openat, AT_FDCWD, candidate, O_RDONLY | O_CLOEXEC);
+        fd = (int)REAL(syscall)(SYS_openat, AT_FDCWD, candidate, O_RDONLY | O_CLOEXEC);
         path = candidate;
       }
       from += length;
@@ -177,7 +177,7 @@ static void examine(const char *path, bool search) {
   }
   if (fd >= 0) {
     warn_about(fd, path);
-    syscall(SYS_close, fd);
+    REAL(syscall)(SYS_close, fd);
   }
   errno = error;
 }
@@ -228,9 +228,9 @@ INTERPOSE int fexecve(int fd, char *const arguments[], char *const given[]) {
 INTERPOSE int execveat(int at, const char *path, char *const arguments[], char *const given[], int flags) {
   NODE_ENVIRONMENT(given);
   if (process_on_node) {
-    int fd = flags & AT_EMPTY_PATH && !*path ? at : (int)syscall(SYS_openat, at, path, O_RDONLY | O_CLOEXEC);
+    int fd = flags & AT_EMPTY_PATH && !*path ? at : (int)REAL(syscall)(SYS_openat, at, path, O_RDONLY | O_CLOEXEC);
     if (fd >= 0) warn_about(fd, *path ? path : "the program");
-    if (fd >= 0 && fd != at) syscall(SYS_close, fd);
+    if (fd >= 0 && fd != at) REAL(syscall)(SYS_close, fd);
   }
   uint32_t counted = count_exec();
   REAL(execveat)(at, path, arguments, environment, flags);
@@ -298,6 +298,7 @@ void process_watch_forks(void) {
 }
 
 static void before_fork(void) {
+  critical_begin(); /* no handler meets the locks that are taken here */
   readiness_fork_prepare();
   descriptor_fork_prepare();
 }
@@ -305,6 +306,7 @@ static void before_fork(void) {
 static void in_parent(void) {
   descriptor_fork_parent();
   readiness_fork_parent();
+  critical_end();
   struct endpoint *e = endpoint_current();
   uint32_t sockets = descriptor_sockets();
   if (e && sockets)
@@ -317,12 +319,17 @@ void process_forked(void) {
   if (fork_mark) *fork_mark = 1;
 }
 
+static void in_child(void) {
+  process_forked();
+  critical_end();
+}
+
 /* ---- the start ---- */
 
 static void close_inherited(void) {
-  int directory = (int)syscall(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC), closed = 0;
+  int directory = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC), closed = 0;
   char buffer[2048];
-  for (long length; directory >= 0 && (length = syscall(SYS_getdents64, directory, buffer, sizeof buffer)) > 0;) {
+  for (long length; directory >= 0 && (length = REAL(syscall)(SYS_getdents64, directory, buffer, sizeof buffer)) > 0;) {
     for (long at = 0; at < length;) {
       struct { /* linux_dirent64 */
         uint64_t inode;
@@ -336,17 +343,17 @@ static void close_inherited(void) {
       if (entry->name[0] == '.' || fd == directory || !descriptor_is_placeholder(fd)) continue;
       closed++;
       if (fd > 2) {
-        syscall(SYS_close, fd);
+        REAL(syscall)(SYS_close, fd);
         continue;
       }
       /* A standard stream that is closed would become the next file opened: let it fail with EBADF instead. */
-      int null = (int)syscall(SYS_openat, AT_FDCWD, "/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
+      int null = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
       if (null < 0) continue;
-      syscall(SYS_dup3, null, fd, 0);
-      syscall(SYS_close, null);
+      REAL(syscall)(SYS_dup3, null, fd, 0);
+      REAL(syscall)(SYS_close, null);
     }
   }
-  if (directory >= 0) syscall(SYS_close, directory);
+  if (directory >= 0) REAL(syscall)(SYS_close, directory);
   if (closed && process_diagnostics)
     process_say("%d VMMC socket%s of the program before exec %s closed: a new program has new memory, and user-level "
                 "sockets live in memory",
@@ -362,7 +369,8 @@ void process_begin(void) {
   if (!getenv("VMMC_SOCKET") || !socket_place(&process_node, &process_nodes)) return;
   keep_environment();
   close_inherited();
-  pthread_atfork(before_fork, in_parent, process_forked);
+  signals_begin();
+  pthread_atfork(before_fork, in_parent, in_child);
   process_on_node = true;
 }
 

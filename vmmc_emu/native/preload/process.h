@@ -26,4 +26,7 @@ void process_forked(void);
 /* One line on stderr, "vmmc: program[pid]: ...". Safe in signal handlers and vfork children. */
 void process_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* signals.c: handlers wait for the end of critical sections (wait.h). */
+void signals_begin(void);
+
 #endif

@@ -14,8 +14,8 @@
 static pthread_mutex_t routes = PTHREAD_MUTEX_INITIALIZER;
 static uint32_t group_users[VMMC_GROUPS]; /* sets that use each wake group; guarded by routes */
 
-void routes_take(void) { pthread_mutex_lock(&routes); }
-void routes_release(void) { pthread_mutex_unlock(&routes); }
+void routes_take(void) { critical_lock(&routes); }
+void routes_release(void) { critical_unlock(&routes); }
 
 /* ---- sets ---- */
 
@@ -120,9 +120,9 @@ void set_remove(struct item *item) {
   *at = item->number_next;
   for (at = &f->items; *at != item;) at = &(*at)->file_next;
   *at = item->file_next;
-  pthread_mutex_lock(&set->lock);
+  critical_lock(&set->lock);
   unlist(item);
-  pthread_mutex_unlock(&set->lock);
+  critical_unlock(&set->lock);
   atomic_fetch_sub(&set->members, 1);
   update_watch(f, 0);
   free(item);
@@ -151,7 +151,7 @@ void readiness_signal(void) {
   if (sleeping_fd < 0) return;
   int error = errno;
   uint64_t one = 1;
-  (void)!syscall(SYS_write, sleeping_fd, &one, sizeof one);
+  (void)!REAL(syscall)(SYS_write, sleeping_fd, &one, sizeof one);
   errno = error;
 }
 
@@ -165,7 +165,7 @@ static int waker_take(struct endpoint *e) {
   } while (!atomic_compare_exchange_weak(&wakers.busy, &busy, busy | 1ull << w));
   int fd = atomic_load(&wakers.fd[w]) - 1;
   if (fd < 0) {
-    fd = endpoint_private_descriptor((int)syscall(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
+    fd = endpoint_private_descriptor((int)REAL(syscall)(SYS_eventfd2, 0, EFD_CLOEXEC | EFD_NONBLOCK));
     if (fd >= 0) atomic_store(&wakers.fd[w], fd + 1);
   }
   if (fd >= 0 && e && atomic_load(&wakers.given[w]) != e->serial + 1 &&
@@ -178,24 +178,24 @@ static int waker_take(struct endpoint *e) {
 
 static void waker_drain(int w) {
   uint64_t count;
-  (void)!syscall(SYS_read, atomic_load(&wakers.fd[w]) - 1, &count, sizeof count);
+  (void)!REAL(syscall)(SYS_read, atomic_load(&wakers.fd[w]) - 1, &count, sizeof count);
 }
 
 /* Wakes the set's sleepers for something that no NIC tells them of. */
 static void kick(struct instance *set) {
   if (!atomic_load(&set->sleepers)) return;
   atomic_fetch_add(&set->kicks, 1);
-  syscall(SYS_futex, &set->kicks, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+  REAL(syscall)(SYS_futex, &set->kicks, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
   uint64_t one = 1;
   for (uint64_t left = atomic_load(&set->wakers); left; left &= left - 1)
-    (void)!syscall(SYS_write, atomic_load(&wakers.fd[__builtin_ctzll(left)]) - 1, &one, sizeof one);
+    (void)!REAL(syscall)(SYS_write, atomic_load(&wakers.fd[__builtin_ctzll(left)]) - 1, &one, sizeof one);
 }
 
 static void raise_item(struct item *item, bool with_kick, int depth) {
   struct instance *set = item->set;
-  pthread_mutex_lock(&set->lock);
+  critical_lock(&set->lock);
   if (!item->disabled) enlist(item);
-  pthread_mutex_unlock(&set->lock);
+  critical_unlock(&set->lock);
   if (with_kick) kick(set);
   if (set->file && depth < 5)
     for (struct item *i = set->file->items; i; i = i->file_next) raise_item(i, with_kick, depth + 1);
@@ -280,19 +280,19 @@ static uint32_t would_report(struct item *item, struct socket_edges *edges, int 
 static bool set_is_ready(struct instance *set, int depth) {
   bool ready = false;
   struct socket_edges edges = {0, 0};
-  pthread_mutex_lock(&set->lock);
+  critical_lock(&set->lock);
   for (struct item *i = set->first, *next; i && !ready; i = next) {
     next = i->list_next;
     if (would_report(i, &edges, depth)) ready = true;
     else unlist(i);
   }
-  pthread_mutex_unlock(&set->lock);
+  critical_unlock(&set->lock);
   return ready;
 }
 
 int set_harvest(struct instance *set, struct epoll_event *events, int room) {
   int count = 0;
-  pthread_mutex_lock(&set->lock);
+  critical_lock(&set->lock);
   uint32_t left = atomic_load_explicit(&set->listed, memory_order_relaxed); /* each item once */
   while (left-- && count < room) {
     struct item *i = set->first;
@@ -306,19 +306,31 @@ int set_harvest(struct instance *set, struct epoll_event *events, int room) {
     else if (!(i->events & EPOLLET)) enlist(i); /* level-triggered: look again next time, after the others */
     events[count++] = (struct epoll_event){.events = ready, .data = i->data};
   }
-  pthread_mutex_unlock(&set->lock);
+  critical_unlock(&set->lock);
   return count;
 }
 
 void set_clear_list(struct instance *set) {
-  pthread_mutex_lock(&set->lock);
+  critical_lock(&set->lock);
   while (set->first) unlist(set->first);
-  pthread_mutex_unlock(&set->lock);
+  critical_unlock(&set->lock);
 }
 
 /* ---- sleeping ---- */
 
 static _Atomic bool no_waitv; /* the kernel (or a sandbox) has no futex_waitv */
+
+/* As a blocking call of the C library's: pthread_cancel ends it.  Nothing in this function needs cleaning up;
+ * what does in its callers is cleaned up at the calls. */
+__attribute__((noinline)) static long waitv(struct futex_waitv *words, unsigned count, const struct timespec *deadline) {
+  int before;
+  pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, &before);
+  long result = REAL(syscall)(SYS_futex_waitv, words, count, 0, deadline, CLOCK_MONOTONIC);
+  int error = errno;
+  pthread_setcanceltype(before, NULL);
+  errno = error;
+  return result;
+}
 
 static bool wait_on_words(struct instance *set, const _Atomic uint32_t *group, uint32_t group_value, uint32_t kicks,
                           uint64_t deadline_ns, struct wait_signals since) {
@@ -328,8 +340,7 @@ static bool wait_on_words(struct instance *set, const _Atomic uint32_t *group, u
       {.uaddr = (uintptr_t)group, .val = group_value, .flags = FUTEX_32},
   };
   struct timespec deadline = {(time_t)(deadline_ns / 1000000000), (long)(deadline_ns % 1000000000)};
-  long result = syscall(SYS_futex_waitv, words, group ? 3 : 2, 0, deadline_ns == WAIT_FOREVER ? NULL : &deadline,
-                        CLOCK_MONOTONIC);
+  long result = waitv(words, group ? 3 : 2, deadline_ns == WAIT_FOREVER ? NULL : &deadline);
   if (result < 0 && (errno == ENOSYS || errno == EPERM)) {
     atomic_store(&no_waitv, true);
     return false;
@@ -350,9 +361,27 @@ static void wait_in_poll(struct pollfd *kernel, nfds_t count, uint64_t deadline_
     atomic_signal_fence(memory_order_seq_cst); /* from here a handler writes to it: none is missed */
   }
   if (!wait_interrupted(since, true)) REAL(ppoll)(kernel, count, limit == WAIT_FOREVER ? NULL : &timeout, NULL);
-  atomic_signal_fence(memory_order_seq_cst);
-  sleeping_fd = -1;
-  if (waker >= 0) waker_drain(waker);
+}
+
+/* A thread's sleep in a set, to be undone when it is over, by a cancellation as well. */
+struct set_sleeper {
+  struct instance *set;
+  struct vmmc_group_app *group; /* or NULL */
+  int waker;                    /* or -1: it sleeps on words, or looks again by itself */
+};
+
+static void set_awake(struct set_sleeper *s) {
+  if (s->waker >= 0) {
+    atomic_signal_fence(memory_order_seq_cst);
+    sleeping_fd = -1;
+    waker_drain(s->waker);
+    atomic_fetch_and(&s->set->wakers, ~(1ull << s->waker));
+    if (s->group) atomic_fetch_and(&s->group->wakers, ~(1ull << s->waker));
+    atomic_fetch_and(&wakers.busy, ~(1ull << s->waker));
+  } else if (s->group) {
+    atomic_fetch_sub(&s->group->asleep, 1);
+  }
+  atomic_fetch_sub(&s->set->sleepers, 1);
 }
 
 void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64_t deadline_ns,
@@ -373,19 +402,12 @@ void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64
   } else if (group) {
     atomic_fetch_add(&group->asleep, 1);
   }
+  struct set_sleeper sleeper __attribute__((cleanup(set_awake), unused)) = {set, group, waker};
   if (!set_look(set) && !wait_interrupted(since, true)) {
     if (e) atomic_fetch_add_explicit(&app_header(e)->counters.app_sleeps, 1, memory_order_relaxed);
     if (on_words) wait_on_words(set, word, value, kicks, deadline_ns, since);
     else wait_in_poll(kernel ? kernel : none, kernel ? count : 0, deadline_ns, since, waker);
   }
-  if (waker >= 0) {
-    atomic_fetch_and(&set->wakers, ~(1ull << waker));
-    if (group) atomic_fetch_and(&group->wakers, ~(1ull << waker));
-    atomic_fetch_and(&wakers.busy, ~(1ull << waker));
-  } else if (group) {
-    atomic_fetch_sub(&group->asleep, 1);
-  }
-  atomic_fetch_sub(&set->sleepers, 1);
 }
 
 /* ---- files that end or change sides ---- */
@@ -400,7 +422,7 @@ void readiness_forget(struct file *f) {
   if (f->kind == FILE_EPOLL) set_remove_all(f->set);
   routes_release();
   if (f->kind == FILE_EPOLL) {
-    if (f->set->kick_fd >= 0) syscall(SYS_close, f->set->kick_fd);
+    if (f->set->kick_fd >= 0) REAL(syscall)(SYS_close, f->set->kick_fd);
     set_free(f->set);
   }
 }
@@ -452,8 +474,8 @@ void readiness_join_kernel(struct epoll_move *moved) {
 
 /* ---- fork ---- */
 
-void readiness_fork_prepare(void) { routes_take(); }
-void readiness_fork_parent(void) { routes_release(); }
+void readiness_fork_prepare(void) { pthread_mutex_lock(&routes); }
+void readiness_fork_parent(void) { pthread_mutex_unlock(&routes); }
 
 void readiness_fork_child(void) {
   routes = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;

@@ -63,7 +63,7 @@ void __chk_fail(void) __attribute__((noreturn));
   X(getaddrinfo) X(gethostbyname) X(gethostbyname2) X(gethostbyname_r) X(gethostbyname2_r)                   \
   X(gethostbyaddr) X(gethostbyaddr_r) X(getnameinfo) X(gethostname) X(sethostname) X(uname) X(getifaddrs)    \
   /* processes and signals */                                                                                \
-  X(execve) X(execvpe) X(fexecve) X(execveat) X(posix_spawn) X(posix_spawnp) X(sigaction)
+  X(syscall) X(execve) X(execvpe) X(fexecve) X(execveat) X(posix_spawn) X(posix_spawnp) X(sigaction)
 
 #define REAL_FIELD(name) __typeof__(&name) name;
 struct real_calls {

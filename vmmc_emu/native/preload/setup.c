@@ -225,9 +225,15 @@ static int connect_call(int fd, const struct sockaddr *address, socklen_t length
   }
   bool watched = f->items != NULL;
   /* What is watched while it connects: it stops being "hung up" when the request is under way. */
-  int result = socket_connect(f->socket, address, length, atomic_load(&f->nonblocking));
-  if (watched) readiness_changed(f);
-  return finish(f, result);
+  int result;
+  {
+    HOLDING(f);
+    result = socket_connect(f->socket, address, length, atomic_load(&f->nonblocking));
+    if (watched) readiness_changed(f);
+  }
+  if (result >= 0) return result;
+  errno = -result;
+  return -1;
 }
 INTERPOSE int connect(int fd, const struct sockaddr *address, socklen_t length) {
   return connect_call(fd, address, length);
@@ -235,27 +241,26 @@ INTERPOSE int connect(int fd, const struct sockaddr *address, socklen_t length) 
 int __connect(int fd, const struct sockaddr *address, socklen_t length)
     __attribute__((alias("connect"), visibility("default")));
 
-static int accept_call(int fd, struct sockaddr *address, socklen_t *length, int flags, bool is_accept4) {
-  pthread_testcancel();
-  SOCKET_OR(fd, descriptor_fresh(is_accept4 ? REAL(accept4)(fd, address, length, flags)
-                                            : REAL(accept)(fd, address, length)));
-  if (flags & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)) return finish(f, -EINVAL);
+static void close_number(int *number) {
+  if (*number >= 0) REAL(close)(*number);
+}
+
+/* f stays the caller's. The new number or -errno. */
+static int accept_held(struct file *f, struct sockaddr *address, socklen_t *length, int flags) {
   bool nonblocking = atomic_load(&f->nonblocking);
   struct vsocket *s = NULL;
   /* The number first, as in the kernel: without one the connection stays in the queue.  A look at an empty
    * queue needs none. */
   bool empty = nonblocking && !(socket_ready(f->socket) & EPOLLIN);
-  int number = empty ? -1 : descriptor_placeholder(flags & SOCK_CLOEXEC);
-  if (!empty && number < 0) return finish(f, -errno);
+  int number __attribute__((cleanup(close_number))) = empty ? -1 : descriptor_placeholder(flags & SOCK_CLOEXEC);
+  if (!empty && number < 0) return -errno;
   int result = socket_accept(f->socket, nonblocking, &s);
-  if (result == 0 && number < 0 && (number = descriptor_placeholder(flags & SOCK_CLOEXEC)) < 0) {
+  if (result < 0) return result;
+  if (number < 0 && (number = descriptor_placeholder(flags & SOCK_CLOEXEC)) < 0) {
     result = -errno; /* one arrived between the look and the call */
     socket_close(s);
     socket_release(s);
-  }
-  if (result < 0) {
-    if (number >= 0) REAL(close)(number);
-    return finish(f, result);
+    return result;
   }
   struct sockaddr_storage peer;
   socklen_t peer_length = sizeof peer;
@@ -263,8 +268,24 @@ static int accept_call(int fd, struct sockaddr *address, socklen_t *length, int 
     memcpy(address, &peer, *length < peer_length ? *length : peer_length);
     *length = peer_length;
   }
-  result = number_for(s, number, flags);
-  return finish(f, result < 0 ? -errno : result);
+  result = number_for(s, number, flags); /* closes it where that fails */
+  number = -1;
+  return result < 0 ? -errno : result;
+}
+
+static int accept_call(int fd, struct sockaddr *address, socklen_t *length, int flags, bool is_accept4) {
+  pthread_testcancel();
+  SOCKET_OR(fd, descriptor_fresh(is_accept4 ? REAL(accept4)(fd, address, length, flags)
+                                            : REAL(accept)(fd, address, length)));
+  if (flags & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)) return finish(f, -EINVAL);
+  int result;
+  {
+    HOLDING(f);
+    result = accept_held(f, address, length, flags);
+  }
+  if (result >= 0) return result;
+  errno = -result;
+  return -1;
 }
 INTERPOSE int accept(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
   return accept_call(fd, address, length, 0, false);

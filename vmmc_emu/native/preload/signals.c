@@ -8,6 +8,8 @@
 #include <errno.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
 
 #include "process.h"
 #include "readiness.h"
@@ -16,10 +18,57 @@
 static _Atomic(uintptr_t) handlers[_NSIG];   /* the program's handler of each signal; old ones stay */
 static _Atomic uint64_t interrupting;        /* siginterrupt(): bit per signal for which signal() does not restart */
 
+static _Atomic uint64_t once;                /* bit per signal: SA_RESETHAND, which is left to the wrapper: a
+                                                handler that is put off comes twice to the kernel */
+
 typedef void signal_action(int, siginfo_t *, void *);
+
+/* ---- handlers that have to wait ---- */
+
+/*
+ * The thread has a lock of ours: its signal goes back to the kernel, to come again at the critical section's
+ * end with all that the kernel does for a handler (its mask, its stack).  Until then nothing else comes.
+ */
+static __thread uint64_t mask_before __attribute__((tls_model("initial-exec"))); /* the kernel's form of a mask */
+
+static void put_off(int signal, siginfo_t *info, ucontext_t *context) {
+  /* Faults stay: blocked, they would kill.  First of all no other handler comes in between; one that came
+   * before this line has noted the mask of this handler, and is overruled by the notes below. */
+  uint64_t all = ~(1ull << (SIGSEGV - 1) | 1ull << (SIGBUS - 1) | 1ull << (SIGFPE - 1) | 1ull << (SIGILL - 1) |
+                   1ull << (SIGTRAP - 1));
+  int error = errno;
+  REAL(syscall)(SYS_rt_sigprocmask, SIG_BLOCK, &all, NULL, sizeof all);
+  memcpy(&mask_before, &context->uc_sigmask, sizeof mask_before);
+  uint64_t meanwhile = mask_before | all;
+  memcpy(&context->uc_sigmask, &meanwhile, sizeof meanwhile); /* what the interrupted code goes on with */
+  REAL(syscall)(SYS_rt_tgsigqueueinfo, getpid(), REAL(syscall)(SYS_gettid), signal, info);
+  atomic_store_explicit(&wait_self()->put_off, true, memory_order_relaxed);
+  errno = error;
+}
+
+static void put_off_end(void) {
+  int error = errno;
+  uint64_t mask = mask_before;
+  atomic_store_explicit(&wait_self()->put_off, false, memory_order_relaxed);
+  atomic_signal_fence(memory_order_seq_cst); /* what waited comes in the next call, and may be put off anew */
+  REAL(syscall)(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, sizeof mask);
+  errno = error;
+}
+
+void signals_begin(void) { wait_put_off_end = put_off_end; }
+
+/* ---- the wrapper ---- */
 
 static void ran(int signal, siginfo_t *info, void *context, bool restarts) {
   struct wait_thread *self = wait_self();
+  if (__builtin_expect(atomic_load_explicit(&self->critical, memory_order_relaxed) != 0, 0)) {
+    put_off(signal, info, context);
+    return;
+  }
+  if (atomic_load_explicit(&once, memory_order_relaxed) >> (signal - 1) & 1) {
+    struct sigaction standard = {.sa_handler = SIG_DFL};
+    REAL(sigaction)(signal, &standard, NULL);
+  }
   /* Before the handler, which may never return (longjmp).  Same thread as the waiter: relaxed will do. */
   if (!restarts) atomic_fetch_add_explicit(&self->signals_no_restart, 1, memory_order_relaxed);
   atomic_fetch_add_explicit(&self->signals, 1, memory_order_relaxed);
@@ -45,6 +94,8 @@ INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, str
   if (!process_on_node || signal < 1 || signal >= _NSIG || is_fault(signal))
     return REAL(sigaction)(signal, action, old);
   uintptr_t before = atomic_load_explicit(&handlers[signal], memory_order_acquire);
+  uint64_t bit = 1ull << (signal - 1);
+  bool was_once = atomic_load(&once) & bit;
   struct sigaction wrapped, kernels;
   if (action) {
     wrapped = *action;
@@ -54,18 +105,24 @@ INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, str
       wrapped.sa_sigaction =
           wrappers[(action->sa_flags & SA_SIGINFO) != 0][(action->sa_flags & SA_RESTART) != 0];
       wrapped.sa_flags |= SA_SIGINFO;
+      wrapped.sa_flags &= ~(int)SA_RESETHAND;
     }
   }
+  if (action && action->sa_flags & (int)SA_RESETHAND) atomic_fetch_or(&once, bit);
   if (REAL(sigaction)(signal, action ? &wrapped : NULL, &kernels) < 0) {
     atomic_store_explicit(&handlers[signal], before, memory_order_release);
+    if (!was_once) atomic_fetch_and(&once, ~bit);
     return -1;
   }
+  /* Too late for a signal that came just now: as if it had come before. */
+  if (action && !(action->sa_flags & (int)SA_RESETHAND)) atomic_fetch_and(&once, ~bit);
   if (!old) return 0;
   *old = kernels;
   for (int info = 0; info < 2; info++) {
     for (int restart = 0; restart < 2; restart++) {
       if (kernels.sa_sigaction != wrappers[info][restart]) continue;
       old->sa_handler = (sighandler_t)before;
+      if (was_once) old->sa_flags |= (int)SA_RESETHAND;
       if (!info) old->sa_flags &= ~SA_SIGINFO;
     }
   }
