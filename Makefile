@@ -6,10 +6,11 @@ BUILD = build/$(subst /,-,$(abspath $(VENV)))
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 export PYTHONNOUSERSITE = 1
 
-.PHONY: help build demo test clean
+.PHONY: help build demo test soak clean
 help:
 	@echo 'make demo    set up, then eight nodes with real programs talking across them'
 	@echo 'make test    set up, then all tests, lint, types and sanitizer builds'
+	@echo 'make soak    stress with ever new seeds, for MINUTES=10'
 	@echo 'make build   set up the virtual environment $(VENV) and (re)install into it'
 	@echo 'make clean   remove what these made'
 
@@ -31,6 +32,10 @@ demo: build
 
 test: $(VENV)/.ready
 	$(VENV)/bin/tox run
+
+MINUTES ?= 10
+soak: build
+	VMMC_SOAK_MINUTES=$(MINUTES) $(VENV)/bin/pytest -s -x --timeout=0 tests/stress
 
 clean:
 	rm -rf build .tox $(VENV)
