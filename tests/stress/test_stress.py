@@ -166,8 +166,8 @@ def test_a_full_backlog_makes_connects_wait(eight_nodes: Cluster, program: Progr
     for seed in seeds():
         with server(eight_nodes, 5, program, "block", STRESS_BACKLOG="1"), ThreadPoolExecutor(4) as pool:
             running = [
-                pool.submit(load, eight_nodes, node, program, how, seed + node, 150, 50, [5], STRESS_SCALE="9")
-                for node, how in ((1, "edge"), (2, "block"), (5, "edge"), (6, "block"))
+                pool.submit(load, eight_nodes, n, program, how, seed + n, 150, 50, [5], STRESS_SCALE="9")
+                for n, how in ((1, "edge"), (2, "block"), (5, "edge"), (6, "block"))
             ]  # fmt: skip
             for done in running:
                 assert (done.result().returncode, done.result().stderr) == (0, "")
