@@ -221,10 +221,14 @@ def run_everywhere(programs: Sequence[Program], write: Callable[[int, bytes, boo
     error.  SIGINT, SIGTERM or SIGHUP end all of them: asked first, forced after a grace.
     """
     loop = Loop()
+    # Each program leads a process group.  Those that have ended are reaped last, so that until then the
+    # numbers of their groups, in which they may have left others, are nobody else's.
+    groups: list[int] = []
     running: dict[int, Program] = {}
     streams: set[int] = set()
     failed: list[int] = []
     asked: list[signal.Signals] = []
+    forced = False
 
     def take(stream: _Stream) -> None:
         data = os.read(stream.descriptor, 65536)
@@ -243,34 +247,47 @@ def run_everywhere(programs: Sequence[Program], write: Callable[[int, bytes, boo
             finish()
 
     def finish() -> None:
-        # A background process that a program left may hold its output: not waited for once all are asked.
-        if not running and (not streams or asked):
+        if running:
+            return
+        if not streams or forced:  # what left its group and still holds the output is not waited for
             loop.stop()
+        elif asked:
+            # Only what programs left in the background holds their output; shells let it ignore SIGINT.
+            send(signal.SIGTERM)
 
     def reap() -> None:
         for pid in list(running):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if not found:
+            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is None:
                 continue
             program = running.pop(pid)
             processes.forget(program.place, processes.PROGRAM, program.node, pid)
-            if status:
-                failed.append(exit_status(status))
+            if found.si_status:
+                failed.append(found.si_status + (0 if found.si_code == os.CLD_EXITED else 128))
         finish()
 
     def send(number: signal.Signals) -> None:
-        for pid in running:
+        for group in groups:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, number)
+                os.killpg(group, number)
+
+    def force() -> None:
+        nonlocal forced
+        forced = True
+        send(signal.SIGKILL)
+        finish()
 
     def end(number: signal.Signals) -> None:
-        # Asked again, people mean it.
-        send(signal.SIGKILL if number in asked else number)
+        again = number in asked  # then people mean it
         if not asked:
             loop.call_later(_GRACE_S, lambda: send(signal.SIGTERM))
-            loop.call_later(2 * _GRACE_S, lambda: send(signal.SIGKILL))
+            loop.call_later(2 * _GRACE_S, force)
         asked.append(number)
-        finish()
+        send(number)
+        if again:
+            force()
+        else:
+            finish()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.on_signal(number, lambda number=number: end(number))  # type: ignore[misc]
@@ -296,6 +313,7 @@ def run_everywhere(programs: Sequence[Program], write: Callable[[int, bytes, boo
                 os.chdir(here)
                 for _, theirs in ends:
                     os.close(theirs)
+            groups.append(pid)
             running[pid] = program
             for (ours, _), is_error in zip(ends, (False, True), strict=True):
                 streams.add(ours)
@@ -305,6 +323,8 @@ def run_everywhere(programs: Sequence[Program], write: Callable[[int, bytes, boo
     finally:
         for program_pid, program in running.items():
             processes.forget(program.place, processes.PROGRAM, program.node, program_pid)
+        for group in groups:
+            os.waitpid(group, 0 if group not in running else os.WNOHANG)
     if failed:
         return failed[0]
     return 128 + asked[0] if asked else 0

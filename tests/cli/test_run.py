@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -246,6 +247,31 @@ def test_interrupt_forces_those_that_ignore_it(up: Cli) -> None:
     program.send_signal(signal.SIGINT)
     program.communicate(timeout=30)
     assert program.returncode == 128 + signal.SIGKILL
+
+
+def test_interrupt_ends_what_programs_left_in_the_background(up: Cli) -> None:
+    # A shell lets what it starts in the background ignore SIGINT.
+    program = up.popen("run", "--node", "0-1", "--", "sh", "-c", "sleep 600 & echo $!")
+    left = {int(program.stdout.readline().split("| ")[1]) for _ in range(2)}
+    program.send_signal(signal.SIGINT)
+    program.communicate(timeout=30)
+    assert program.returncode == 128 + signal.SIGINT
+    deadline = time.monotonic() + 20  # a process closes its output a moment before it is gone
+    while left & {each["pid"] for each in json.loads(up.ok("ps", "--json"))["programs"]}:
+        assert time.monotonic() < deadline
+
+
+def test_interrupt_does_not_wait_for_what_got_away(up: Cli) -> None:
+    script = "trap '' INT TERM; setsid sleep 600 & echo $!; while :; do sleep 1; done"
+    program = up.popen("run", "--all", "--", "sh", "-c", script)
+    away = [int(program.stdout.readline().split("| ")[1]) for _ in range(4)]
+    program.send_signal(signal.SIGINT)
+    program.wait(timeout=30)
+    assert program.returncode == 128 + signal.SIGKILL
+    for pid in away:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    program.communicate(timeout=20)
 
 
 def test_colours_where_there_is_a_terminal(up: Cli) -> None:
