@@ -88,8 +88,8 @@ def run_class(name: str, directory: Path, cluster: Cluster | None) -> tuple[dict
     bound = ["timeout", "--signal=ABRT", "--kill-after=5", str(TIMEOUT_S)]
     command = [*bound, python, "-X", "faulthandler", str(OUTCOMES), str(file), name]
     run = cluster.node(0).run if cluster else subprocess.run
-    done = run(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-               text=True, errors="replace", check=False)  # fmt: skip
+    done = run(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+               stderr=subprocess.STDOUT, text=True, errors="replace", check=False)  # fmt: skip
     return outcomes(file) if file.exists() else {}, done.stdout
 
 

@@ -1,4 +1,4 @@
-"""How connections end: shutdown, close and reset in every order; prints what each call gave and what was ready.
+"""How connections end: shutdown, close and reset in every order; prints what calls gave and what was ready.
 
     python ends.py
 
@@ -81,7 +81,7 @@ def settle(action: str, before: int, unread: int, ends: dict[str, socket.socket]
             wait_until(lambda: tcp_state(end) == CLOSE)
     elif what == "send":
         wait_until(lambda: tcp_state(other) == CLOSE or waiting(other) == before + 5)
-        if tcp_state(other) == CLOSE:  # bytes for a reader that has shut down both ways are answered by a reset
+        if tcp_state(other) == CLOSE:  # bytes for who has shut down both ways are answered by a reset
             wait_until(lambda: tcp_state(end) == CLOSE)
     elif what == "abort" or (what == "close" and unread):
         wait_until(lambda: tcp_state(other) == CLOSE)
@@ -120,8 +120,8 @@ def last_words(end: socket.socket) -> str:
     """What is left of an end, in the order in which a program would find out."""
     if end.fileno() < 0:
         return "closed"
-    words = [attempt(lambda: end.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)), attempt(lambda: end.recv(9))]
-    words += [attempt(lambda: end.recv(9)), ready(end)]
+    words = [attempt(lambda: end.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))]
+    words += [attempt(lambda: end.recv(9)), attempt(lambda: end.recv(9)), ready(end)]
     return " ".join(words)
 
 

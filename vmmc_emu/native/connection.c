@@ -115,7 +115,10 @@ static void control_begin(struct vsocket *s) {
     s->control_busy = true;
     critical_unlock(&s->control_lock);
     if (mine) return;
-    wait_until(&word, 1, control_is_free, s, WAIT_FOREVER, false); /* a signal does not end it */
+    int cancel; /* neither a signal nor a cancellation ends it */
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
+    wait_until(&word, 1, control_is_free, s, WAIT_FOREVER, false);
+    pthread_setcancelstate(cancel, NULL);
   }
 }
 

@@ -340,6 +340,7 @@ int socket_ioctl(struct vsocket *s, unsigned long request, void *argument) {
     case SIOCATMARK: number = 0; break;
     default: return -ENOTTY;
   }
+  if (socket_is_nowhere(argument)) return -EFAULT;
   memcpy(argument, &number, sizeof number);
   return 0;
 }

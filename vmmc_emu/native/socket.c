@@ -116,7 +116,11 @@ static bool delivered(void *context) {
 static void linger(struct vsocket *s) {
   struct wait_word words[CONNECTION_WORDS];
   int count = connection_words(s, false, words);
+  /* A thread that is cancelled meanwhile must still give the slot back: it is cancelled after that. */
+  int cancel;
+  pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
   wait_until(words, count, delivered, s, connection_deadline((uint64_t)s->linger_s * 1000000000u), true);
+  pthread_setcancelstate(cancel, NULL);
 }
 
 static void end(struct vsocket *s) {

@@ -29,6 +29,9 @@ VMMC_INTERNAL_BEGIN
 
 enum socket_phase { SOCKET_NEW, SOCKET_BOUND, SOCKET_LISTENING, SOCKET_CONNECTING, SOCKET_CONNECTED };
 
+/* Can no program have memory there?  What is merely unmapped is not looked for: that takes a system call. */
+static inline bool socket_is_nowhere(const void *at) { return (uintptr_t)at < VMMC_PAGE || (intptr_t)at < 0; }
+
 struct vsocket {
   _Atomic uint32_t references;
   int family;               /* AF_INET or AF_INET6 */

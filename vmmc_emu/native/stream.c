@@ -62,6 +62,13 @@ static size_t pieces_next(struct pieces *p, size_t most, char **at) {
   return left;
 }
 
+/* A copy from or to these pieces would fail at once. */
+static bool pieces_are_nowhere(const struct pieces *p) {
+  for (int i = 0; i < p->count; i++)
+    if (p->vector[i].iov_len) return socket_is_nowhere(p->vector[i].iov_base); /* those behind it are the next call's */
+  return false;
+}
+
 static void copy_to_ring(char *ring, uint64_t position, struct pieces *from, size_t length) {
   while (length) {
     size_t offset = position % VMMC_RING, run = VMMC_RING - offset;
@@ -182,7 +189,7 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
     ssize_t n = send_obstacle(s);
     /* Nothing to send is not kept waiting. */
     if (n == 0 || (n == -EAGAIN && !length && connection_view(s).connected))
-      n = send_some(s, &from, length - sent);
+      n = __builtin_expect(pieces_are_nowhere(&from), 0) ? -EFAULT : send_some(s, &from, length - sent);
     if (n == -EAGAIN && s->generation) note_full(s);
     critical_unlock(&s->send_lock);
     if (n >= 0) {
@@ -439,7 +446,7 @@ static void receive_some(struct receive *r, uint64_t waiting) {
 /* Before the call sleeps: where a late byte may go straight to its place, that place is posted.
  * receive_lock is held. */
 static void receive_prepare(struct receive *r, uint64_t waiting) {
-  if (r->flags & (MSG_PEEK | MSG_TRUNC)) return;
+  if (r->flags & (MSG_PEEK | MSG_TRUNC) || pieces_are_nowhere(&r->to)) return;
   if (r->to.count == 1 && r->length) {
     char *destination = (char *)r->to.vector->iov_base + r->to.offset;
     r->redirecting = redirect_post(r->socket, &r->redirect, destination, r->length - r->got);
@@ -457,6 +464,7 @@ static ssize_t receive_look(struct receive *r) {
   struct arrival a = arrival(s);
   bool nonblocking = r->flags & MSG_DONTWAIT;
   if (a.waiting && (nonblocking || a.ended || a.waiting >= receive_target(r))) {
+    if (__builtin_expect(pieces_are_nowhere(&r->to), 0) && !(r->flags & MSG_TRUNC)) return -EFAULT;
     receive_some(r, a.waiting);
     return (ssize_t)r->got;
   }

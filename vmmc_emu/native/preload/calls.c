@@ -24,7 +24,17 @@ static bool is_nonblocking(const struct file *f) {
 
 static int flags_of(const struct file *f, int flags) { return is_nonblocking(f) ? flags | MSG_DONTWAIT : flags; }
 
+/* A single piece at an address that is the kernel's: refused however long it is, and whatever the socket's state. */
+static bool is_kernels(const struct iovec *vector, int count) { return count == 1 && (intptr_t)vector->iov_base < 0; }
+
+static ssize_t wrong(struct file *f, int error) {
+  file_put(f);
+  errno = error;
+  return -1;
+}
+
 static ssize_t received(struct file *f, const struct iovec *vector, int count, int flags) {
+  if (__builtin_expect(is_kernels(vector, count), 0)) return wrong(f, EFAULT);
   ssize_t result;
   {
     HOLDING(f);
@@ -36,6 +46,7 @@ static ssize_t received(struct file *f, const struct iovec *vector, int count, i
 }
 
 static ssize_t sent(struct file *f, const struct iovec *vector, int count, int flags) {
+  if (__builtin_expect(is_kernels(vector, count), 0)) return wrong(f, EFAULT);
   ssize_t result;
   {
     HOLDING(f);
@@ -47,11 +58,26 @@ static ssize_t sent(struct file *f, const struct iovec *vector, int count, int f
   return -1;
 }
 
-static ssize_t wrong(struct file *f, int error) {
-  file_put(f);
-  errno = error;
-  return -1;
+/* A list of pieces that the kernel would not begin with: an errno, or 0. */
+static int vector_error(const struct iovec *vector, size_t count) {
+  if (count && socket_is_nowhere(vector)) return EFAULT;
+  for (size_t i = 0; i < count; i++) {
+    if ((ssize_t)vector[i].iov_len < 0) return EINVAL;
+    if (vector[i].iov_len && (intptr_t)vector[i].iov_base < 0) return EFAULT; /* the rest is found when it is copied */
+  }
+  return 0;
 }
+
+static int message_error(const struct msghdr *message) {
+  if (socket_is_nowhere(message)) return EFAULT;
+  return message->msg_iovlen > IOV_MAX ? EMSGSIZE : vector_error(message->msg_iov, message->msg_iovlen);
+}
+
+#define REFUSE_IF(error)                         \
+  do {                                           \
+    int error_ = (error);                        \
+    if (error_) return (int)wrong(f, error_);    \
+  } while (0)
 
 /* ---- receiving ---- */
 
@@ -69,7 +95,7 @@ INTERPOSE ssize_t __read_chk(int fd, void *buffer, size_t length, size_t size) {
 
 INTERPOSE ssize_t readv(int fd, const struct iovec *vector, int count) {
   SOCKET_OR(fd, REAL(readv)(fd, vector, count));
-  if (count < 0 || count > IOV_MAX) return wrong(f, EINVAL);
+  REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : vector_error(vector, (size_t)count));
   return received(f, vector, count, 0);
 }
 
@@ -115,7 +141,7 @@ static ssize_t kernel_recvmsg(int fd, struct msghdr *message, int flags) {
 
 INTERPOSE ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
   SOCKET_OR(fd, kernel_recvmsg(fd, message, flags));
-  if (message->msg_iovlen > IOV_MAX) return wrong(f, EMSGSIZE);
+  REFUSE_IF(message_error(message));
   ssize_t result = received(f, message->msg_iov, (int)message->msg_iovlen, flags);
   if (result >= 0) {
     message->msg_namelen = 0;
@@ -152,7 +178,7 @@ ssize_t __write(int fd, const void *buffer, size_t length) __attribute__((alias(
 
 INTERPOSE ssize_t writev(int fd, const struct iovec *vector, int count) {
   SOCKET_OR(fd, REAL(writev)(fd, vector, count));
-  if (count < 0 || count > IOV_MAX) return wrong(f, EINVAL);
+  REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : vector_error(vector, (size_t)count));
   return sent(f, vector, count, 0);
 }
 
@@ -200,7 +226,7 @@ static bool refuses_message(int fd, const struct msghdr *message) {
 
 INTERPOSE ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
   SOCKET_OR(fd, refuses_message(fd, message) ? -1 : REAL(sendmsg)(fd, message, flags));
-  if (message->msg_iovlen > IOV_MAX) return wrong(f, EMSGSIZE);
+  REFUSE_IF(message_error(message));
   return sent(f, message->msg_iov, (int)message->msg_iovlen, flags);
 }
 
@@ -302,7 +328,7 @@ INTERPOSE int ioctl(int fd, unsigned long request, ...) {
   SOCKET_OR(fd, REAL(ioctl)(fd, request, argument));
   int result;
   if (request == FIONBIO) {
-    if (!argument) return (int)wrong(f, EFAULT);
+    if (socket_is_nowhere(argument)) return (int)wrong(f, EFAULT);
     atomic_store_explicit(&f->nonblocking, *(int *)argument != 0, memory_order_relaxed);
     result = 0;
   } else if (request == FIOCLEX || request == FIONCLEX) {

@@ -52,7 +52,7 @@ struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instan
   f->socket = socket;
   f->set = set;
   f->items = NULL;
-  f->options = NULL;
+  setup_forget_options(f); /* of its last use: not at its end, since signal handlers may close, and not free */
   f->next_free = NULL;
   atomic_store_explicit(&f->nonblocking, 0, memory_order_relaxed);
   if (socket) {
@@ -73,7 +73,6 @@ void file_put(struct file *f) {
   if (f == &file_forked || atomic_fetch_sub_explicit(&f->holds, 1, memory_order_acq_rel) != 1) return;
   int error = errno;
   readiness_forget(f);
-  setup_forget_options(f);
   if (f->kind == FILE_SOCKET) {
     atomic_fetch_sub_explicit(&open_sockets, 1, memory_order_relaxed);
     socket_close(f->socket);

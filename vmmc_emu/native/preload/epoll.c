@@ -199,8 +199,9 @@ struct masked {
   sigset_t before;
 };
 static void unmask(struct masked *m) {
+  if (!m->mask) return;
   int error = errno;
-  if (m->mask) pthread_sigmask(SIG_SETMASK, &m->before, NULL);
+  pthread_sigmask(SIG_SETMASK, &m->before, NULL);
   errno = error;
 }
 
@@ -260,7 +261,8 @@ static int wait_call(int epoll_fd, struct epoll_event *events, int room, const s
                   (uint64_t)timeout->tv_nsec;
   int count = 0;
   if (wait_in_kernel(set, epoll_fd, events, room, deadline_ns, mask, &count)) return count;
-  struct masked masked __attribute__((cleanup(unmask))) = {.mask = mask};
+  struct masked masked __attribute__((cleanup(unmask)));
+  masked.mask = mask;
   if (mask) pthread_sigmask(SIG_SETMASK, mask, &masked.before); /* after `since`: what it lets through interrupts */
   return wait_mixed(set, epoll_fd, events, room, deadline_ns, since);
 }

@@ -162,6 +162,11 @@ struct call {
 };
 
 static void call_end(struct call *call) {
+  if (!call->mask && !call->memory) {
+    for (nfds_t i = 0; i < call->look.count; i++)
+      if (call->look.files[i]) file_put(call->look.files[i]); /* keeps errno */
+    return;
+  }
   int error = errno;
   if (call->mask) pthread_sigmask(SIG_SETMASK, &call->before, NULL);
   for (nfds_t i = 0; i < call->look.count; i++)
@@ -174,8 +179,11 @@ static void call_end(struct call *call) {
 static int poll_ours(struct pollfd *set, nfds_t count, uint64_t deadline_ns, const sigset_t *mask) {
   struct file *few_files[ON_STACK];
   struct pollfd few_kernel[ON_STACK + 1];
-  struct call call __attribute__((cleanup(call_end))) = {.look = {.set = set, .files = few_files, .kernel = few_kernel}};
+  struct call call __attribute__((cleanup(call_end))); /* no initialiser: it would clear `before` each time */
   struct look *look = &call.look;
+  call.look = (struct look){.set = set, .files = few_files, .kernel = few_kernel};
+  call.memory = NULL;
+  call.mask = NULL;
   if (count > ON_STACK) {
     call.memory = malloc(count * sizeof(struct file *) + (count + 1) * sizeof(struct pollfd));
     if (!call.memory) {
@@ -222,14 +230,14 @@ static uint64_t nanoseconds_of(const struct timespec *t) {
 static bool is_valid(const struct timespec *t) { return t->tv_sec >= 0 && t->tv_nsec >= 0 && t->tv_nsec < 1000000000; }
 
 INTERPOSE int poll(struct pollfd *set, nfds_t count, int timeout_ms) {
-  if (!process_on_node || !set || !has_ours(set, count)) return REAL(poll)(set, count, timeout_ms);
+  if (!process_on_node || socket_is_nowhere(set) || !has_ours(set, count)) return REAL(poll)(set, count, timeout_ms);
   pthread_testcancel();
   return poll_ours(set, count, timeout_ms < 0 ? WAIT_FOREVER : deadline_of((uint64_t)timeout_ms * 1000000), NULL);
 }
 int __poll(struct pollfd *set, nfds_t count, int timeout_ms) __attribute__((alias("poll"), visibility("default")));
 
 INTERPOSE int ppoll(struct pollfd *set, nfds_t count, const struct timespec *timeout, const sigset_t *mask) {
-  if (!process_on_node || !set || (timeout && !is_valid(timeout)) || !has_ours(set, count))
+  if (!process_on_node || socket_is_nowhere(set) || (timeout && !is_valid(timeout)) || !has_ours(set, count))
     return REAL(ppoll)(set, count, timeout, mask);
   pthread_testcancel();
   return poll_ours(set, count, timeout ? deadline_of(nanoseconds_of(timeout)) : WAIT_FOREVER, mask);

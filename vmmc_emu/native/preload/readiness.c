@@ -12,6 +12,8 @@
 #include "real.h"
 
 static pthread_mutex_t routes = PTHREAD_MUTEX_INITIALIZER;
+/* Items out of use.  Never given back: a signal handler may close a socket, and free() is not for handlers. */
+static struct item *unused_items; /* guarded by routes */
 static uint32_t group_users[VMMC_GROUPS]; /* sets that use each wake group; guarded by routes */
 
 void routes_take(void) { critical_lock(&routes); }
@@ -80,8 +82,9 @@ int set_add(struct instance *set, int fd, struct file *f, const struct epoll_eve
     set->numbers = numbers;
     set->numbers_size = size;
   }
-  struct item *i = calloc(1, sizeof *i);
-  if (!i) return -ENOMEM;
+  struct item *i = unused_items;
+  if (i) unused_items = i->number_next;
+  else if (!(i = malloc(sizeof *i))) return -ENOMEM;
   *i = (struct item){.set = set, .file = f, .fd = fd, .events = event->events, .data = event->data, .fresh = true,
                      .file_next = f->items, .number_next = set->numbers[fd]};
   set->numbers[fd] = i;
@@ -125,7 +128,8 @@ void set_remove(struct item *item) {
   critical_unlock(&set->lock);
   atomic_fetch_sub(&set->members, 1);
   update_watch(f, 0);
-  free(item);
+  item->number_next = unused_items;
+  unused_items = item;
 }
 
 void set_remove_all(struct instance *set) {
@@ -480,6 +484,7 @@ void readiness_fork_parent(void) { pthread_mutex_unlock(&routes); }
 void readiness_fork_child(void) {
   routes = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
   memset(group_users, 0, sizeof group_users);
+  unused_items = NULL; /* a child that ran no fork handler may have it half changed */
   /* The parent's wakers wake the parent: the child makes its own. */
   for (int w = 0; w < VMMC_WAKERS; w++) {
     atomic_store(&wakers.fd[w], 0);

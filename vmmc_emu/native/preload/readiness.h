@@ -30,7 +30,7 @@ struct item {
   bool listed;                  /* on the set's list */
   struct item *list_next, *list_previous;
   struct item *file_next;       /* next membership of the same file */
-  struct item *number_next;     /* next item of this set with the same fd */
+  struct item *number_next;     /* next item of this set with the same fd; of unused ones: the next */
 };
 
 struct instance {

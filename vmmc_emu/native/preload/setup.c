@@ -188,10 +188,25 @@ bool setup_refuses(int fd, const struct sockaddr *address, socklen_t length) {
   return true;
 }
 
+/* An address that the kernel would not read: a negative errno, or 0. */
+static int address_error(const void *address, socklen_t length) {
+  if (length > sizeof(struct sockaddr_storage)) return -EINVAL;
+  return length && socket_is_nowhere(address) ? -EFAULT : 0;
+}
+
+/* Where a value and its length are to be stored: the same. */
+static int result_error(const void *value, const socklen_t *length) {
+  if (socket_is_nowhere(length)) return -EFAULT;
+  if ((int32_t)*length < 0) return -EINVAL;
+  return *length && socket_is_nowhere(value) ? -EFAULT : 0;
+}
+
 /* ---- the calls ---- */
 
 INTERPOSE int bind(int fd, const struct sockaddr *address, socklen_t length) {
   SOCKET_OR(fd, REAL(bind)(fd, address, length));
+  int error = address_error(address, length);
+  if (error) return finish(f, error);
   uint32_t node;
   if (address && has_ip(address, length) && address->sa_family == f->socket->family &&
       atomic_load(&f->socket->phase) == SOCKET_NEW &&
@@ -215,6 +230,8 @@ INTERPOSE int listen(int fd, int backlog) {
 static int connect_call(int fd, const struct sockaddr *address, socklen_t length) {
   pthread_testcancel();
   SOCKET_OR(fd, setup_refuses(fd, address, length) ? -1 : REAL(connect)(fd, address, length));
+  int error = address_error(address, length);
+  if (error) return finish(f, error);
   uint32_t node;
   uint32_t phase = atomic_load(&f->socket->phase);
   if (address && has_ip(address, length) && (phase == SOCKET_NEW || phase == SOCKET_BOUND) &&
@@ -278,6 +295,8 @@ static int accept_call(int fd, struct sockaddr *address, socklen_t *length, int 
   SOCKET_OR(fd, descriptor_fresh(is_accept4 ? REAL(accept4)(fd, address, length, flags)
                                             : REAL(accept)(fd, address, length)));
   if (flags & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)) return finish(f, -EINVAL);
+  int error = address ? result_error(address, length) : 0;
+  if (error) return finish(f, error); /* Linux would lose the connection */
   int result;
   {
     HOLDING(f);
@@ -303,18 +322,22 @@ INTERPOSE int shutdown(int fd, int how) {
 
 INTERPOSE int getsockname(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
   SOCKET_OR(fd, REAL(getsockname)(fd, address, length));
-  return finish(f, socket_name(f->socket, false, address, length));
+  int error = result_error(address, length);
+  return finish(f, error ? error : socket_name(f->socket, false, address, length));
 }
 INTERPOSE int getpeername(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
   SOCKET_OR(fd, REAL(getpeername)(fd, address, length));
-  return finish(f, socket_name(f->socket, true, address, length));
+  int error = result_error(address, length);
+  return finish(f, error ? error : socket_name(f->socket, true, address, length));
 }
 INTERPOSE int getsockopt(int fd, int level, int name, void *restrict value, socklen_t *restrict length) {
   SOCKET_OR(fd, REAL(getsockopt)(fd, level, name, value, length));
-  return finish(f, socket_getsockopt(f->socket, level, name, value, length));
+  int error = result_error(value, length);
+  return finish(f, error ? error : socket_getsockopt(f->socket, level, name, value, length));
 }
 INTERPOSE int setsockopt(int fd, int level, int name, const void *value, socklen_t length) {
   SOCKET_OR(fd, REAL(setsockopt)(fd, level, name, value, length));
+  if ((int32_t)length >= 0 && length && socket_is_nowhere(value)) return finish(f, -EFAULT);
   int result = socket_setsockopt(f->socket, level, name, value, length);
   uint32_t phase = atomic_load(&f->socket->phase);
   if (result == 0 && value && length <= 64 && (phase == SOCKET_NEW || phase == SOCKET_BOUND))

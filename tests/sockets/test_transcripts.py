@@ -1,4 +1,4 @@
-"""How connections end: every order of shutdown, close, reset and a few bytes, as over the kernel."""
+"""Transcripts that must be the kernel's: how connections end in every order, calls that make no sense."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from vmmc_emu import Cluster
 PROGRAMS = Path(__file__).parent.parent / "programs"
 
 
-@pytest.mark.parametrize("program", [["ends.py", "3"], ["used_after_fork.py"]], ids=lambda p: p[0])
+TRANSCRIPTS = [["ends.py", "3"], ["used_after_fork.py"], ["nonsense.py"]]
+
+
+@pytest.mark.parametrize("program", TRANSCRIPTS, ids=lambda program: program[0])
 def test_same_as_the_kernel(program: list[str], two_nodes: Cluster) -> None:
     command = [sys.executable, str(PROGRAMS / program[0]), *program[1:]]
     kernel = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
