@@ -61,7 +61,8 @@ static void cancel_in(void *(*call)(void *)) {
   void *result;
   char path[64], line[512];
   atomic_store(&tid, 0);
-  CHECK(pthread_create(&thread, NULL, begin, &(struct start){call}) == 0);
+  struct start start = {call};
+  CHECK(pthread_create(&thread, NULL, begin, &start) == 0);
   while (!atomic_load(&tid)) sched_yield();
   snprintf(path, sizeof path, "/proc/self/task/%d/stat", atomic_load(&tid));
   for (int asleep = 0; asleep < 3;) { /* a thread also sleeps when it waits for memory, say, but not for long */
