@@ -29,6 +29,8 @@ struct vmmc_attach_reply {
   uint32_t nodes;
   uint32_t endpoint; /* index on the node */
   uint32_t serial;   /* never used again in this cluster's life */
+  uint64_t needed_bytes; /* ENOSPC, ENOMEM: of /dev/shm for this program, */
+  uint64_t free_bytes;   /* and what there is */
 };
 
 /* Daemon to NIC and back, over a socket pair (SOCK_SEQPACKET), one message each. */

@@ -330,12 +330,12 @@ class Daemon:
         try:
             endpoint = self._new_endpoint(connection, pid)
         except OSError as error:
-            hint = ""
+            hint, needed, free = "", 0, 0
             if error.errno in {errno.ENOSPC, errno.ENOMEM}:
-                needed, free = limits.mebibytes(2 * _CONTROL_BYTES), limits.mebibytes(limits.shm_free_bytes())
-                hint = f": {needed} are needed in /dev/shm and {free} is free"
+                needed, free = 2 * _CONTROL_BYTES, limits.shm_free_bytes()
+                hint = f": {limits.mebibytes(needed)} are needed in /dev/shm and {limits.mebibytes(free)} is free"
             log(f"{name} cannot attach pid {pid}: {error.strerror}{hint}")
-            self._refuse(connection, error.errno or errno.EIO)
+            self._refuse(connection, error.errno or errno.EIO, needed, free)
             return
         self._tell_nic(self._protocol.CONTROL_ATTACH, endpoint, endpoint.pid)
         self._reply(endpoint)
@@ -348,9 +348,13 @@ class Daemon:
             f" {command[:200]}"
         )
 
-    def _refuse(self, connection: socket.socket, error: int) -> None:
+    def _refuse(self, connection: socket.socket, error: int, needed: int = 0, free: int = 0) -> None:
         with contextlib.suppress(OSError):
-            connection.send(self._protocol.attach_reply.pack(magic=self._protocol.MAGIC, error=error))
+            connection.send(
+                self._protocol.attach_reply.pack(
+                    magic=self._protocol.MAGIC, error=error, needed_bytes=needed, free_bytes=free
+                )
+            )
         self._drop(connection)
 
     def _new_endpoint(self, connection: socket.socket, pid: int) -> Endpoint:

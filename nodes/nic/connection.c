@@ -140,8 +140,8 @@ void connection_enqueue(struct endpoint *e, uint32_t slot) {
   struct link *link = link_to(connection_of(e, slot)->far_node);
   if (link)
     link_enqueue(link, &e->work[slot].work);
-  else
-    connection_fail(e, slot, EHOSTUNREACH);
+  else /* no memory for the link, or no such node */
+    connection_fail(e, slot, errno == ENOSPC || errno == ENOMEM ? ENOBUFS : EHOSTUNREACH);
 }
 
 static void set_status(struct endpoint *e, uint32_t slot, uint32_t bits) {

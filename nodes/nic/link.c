@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mman.h>
 
 #include "nic.h"
 
@@ -60,14 +61,22 @@ struct link *link_to(uint32_t node) {
   link->node = node;
   link->door = segment_map(node, "door", sizeof *link->door, true, NULL);
   link->pub = link->door ? segment_map(node, "pub", sizeof *link->pub, false, NULL) : NULL;
-  link->out = link->pub ? segment_make(what, sizeof *link->out) : NULL;
-  if (!link->out) {
+  link->out = link->pub ? segment_make(nic.node, what, sizeof *link->out) : NULL;
+  /* Room for the peer's queue as well: an answer must not fail for want of memory, who asks can be told. */
+  char back[32];
+  snprintf(back, sizeof back, "link.node%u", nic.node);
+  struct link_queue *in = link->out ? segment_make(node, back, sizeof *in) : NULL;
+  if (!in) {
     int error = errno == ENOENT ? EHOSTUNREACH : errno;
     log_event("error", "no link to node%u: %s", node, strerror(errno));
-    free(link); /* what was mapped stays mapped: rare, and bounded by the number of nodes */
+    if (link->door) munmap(link->door, sizeof *link->door);
+    if (link->pub) munmap((void *)link->pub, sizeof *link->pub);
+    if (link->out) munmap(link->out, sizeof *link->out);
+    free(link);
     errno = error;
     return NULL;
   }
+  munmap(in, sizeof *in); /* the peer's to write; link_opened maps it to read */
   if (link->out->magic != VMMC_MAGIC) {
     link->out->version = VMMC_LAYOUT_VERSION;
     atomic_store_explicit(&link->out->want_room, UINT64_MAX, memory_order_relaxed);

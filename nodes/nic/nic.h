@@ -127,7 +127,7 @@ __attribute__((format(printf, 2, 3))) void log_event(const char *level, const ch
 
 /* ---- segment.c: NULL with errno set on failure ---- */
 void *segment_map(uint32_t node, const char *what, uint64_t bytes, bool writable, int *fd_out);
-void *segment_make(const char *what, uint64_t bytes); /* of this node; opens it when it exists */
+void *segment_make(uint32_t node, const char *what, uint64_t bytes); /* opens it when it exists */
 
 /* Allocates pages before anything is stored in them: a full /dev/shm is an error here, not a SIGBUS
  * there.  False: no room. */

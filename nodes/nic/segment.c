@@ -38,17 +38,19 @@ void *segment_map(uint32_t node, const char *what, uint64_t bytes, bool writable
   return base;
 }
 
-void *segment_make(const char *what, uint64_t bytes) {
+void *segment_make(uint32_t node, const char *what, uint64_t bytes) {
   char name[128];
-  segment_name(name, sizeof name, nic.node, what);
+  segment_name(name, sizeof name, node, what);
   int fd = shm_open(name, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
   if (fd < 0) return NULL;
+  struct stat s;
+  bool ours = fstat(fd, &s) == 0 && s.st_size == 0; /* made here, not by the other side of the link */
   /* Committed at once: a link that is promised must not meet a full /dev/shm at a random store. */
   int error = posix_fallocate(fd, 0, (off_t)bytes);
   void *base = error ? NULL : map(fd, bytes, true);
   if (!base) {
     if (!error) error = errno;
-    shm_unlink(name);
+    if (ours) shm_unlink(name);
   }
   close(fd);
   errno = error;

@@ -411,6 +411,29 @@ class TestSmallSharedMemory:
         assert "not enough room in /dev/shm: 64 nodes need 12 MiB there and 1 MiB is free" in done.stderr
         assert done.stdout == "status 1\n"
 
+    def test_programs_are_told_when_it_is_full(self, cli: Cli) -> None:
+        """One that cannot attach, and one whose node cannot make a link: neither waits for ever."""
+        v = " ".join(cli.command())
+        connect = (
+            "import socket\n"
+            "try: socket.create_connection((\"node1\", 9))\n"
+            "except OSError as error: print(error)\n"
+        )
+        wait = "import socket\ntry: socket.create_connection((\"node1\", 9))\nexcept OSError: pass\n"
+        fill = "head -c 4m /dev/zero > /dev/shm/filler 2>/dev/null"
+        script = (
+            f"{v} up --nodes 2 && {fill}; {v} run --node 0 -- {sys.executable} -c '{connect}';"
+            # Room for a program's segments, and not for a link's two queues.
+            f"truncate -s -131072 /dev/shm/filler; {v} run --node 0 -- {sys.executable} -c '{connect}';"
+            f"rm /dev/shm/filler; {v} run --node 0 -- {sys.executable} -c '{wait}{connect}'; {v} down"
+        )
+        done = self.inside(script, "1m")
+        said = done.stdout.splitlines()
+        assert re.search(r"cannot use sockets of node0: .*: No space left.*40 KiB are needed", done.stderr)
+        assert "[Errno 28] No space left on device" in said[-4], done.stdout + done.stderr
+        assert "[Errno 105] No buffer space available" in said[-3]
+        assert "[Errno 111] Connection refused" in said[-2]
+
     def test_eight_nodes_with_programs_fit_in_64_mib(self, cli: Cli) -> None:
         v = " ".join(cli.command())
         script = (

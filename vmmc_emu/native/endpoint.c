@@ -8,6 +8,7 @@
 #include "endpoint.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -142,6 +143,9 @@ static int say(int fd, uint32_t kind, uint32_t waker, int descriptor) {
   return n < 0 ? (int)n : 0;
 }
 
+/* What the daemon last said of room in /dev/shm that it does not have.  attach_default reads it. */
+static _Atomic uint64_t needed_bytes, free_bytes;
+
 /* Takes the daemon's answer, and its three descriptors.  0 or -errno with none held. */
 static int hear(int fd, struct vmmc_attach_reply *reply, int descriptor[3]) {
   struct iovec vector = { reply, sizeof *reply };
@@ -166,8 +170,11 @@ static int hear(int fd, struct vmmc_attach_reply *reply, int descriptor[3]) {
     error = -ECONNREFUSED; /* the daemon hung up */
   else if (n != sizeof *reply || reply->magic != VMMC_MAGIC)
     error = -EPROTO; /* another version of vmmc-emu */
-  else if (reply->error)
+  else if (reply->error) {
     error = -reply->error;
+    atomic_store_explicit(&needed_bytes, reply->needed_bytes, memory_order_relaxed);
+    atomic_store_explicit(&free_bytes, reply->free_bytes, memory_order_relaxed);
+  }
   else if (count != 3)
     error = -EMFILE; /* the kernel drops descriptors that do not fit under the limit */
   if (error)
@@ -316,6 +323,27 @@ static int watch_forks(void) {
   return 0;
 }
 
+/* One line, once a process: the program itself will say no more than "cannot connect". */
+static void explain(const char *path, int error) {
+  static bool explained;
+  if (explained) return;
+  explained = true;
+  const char *node = getenv("VMMC_NODE");
+  uint64_t needed = atomic_load_explicit(&needed_bytes, memory_order_relaxed);
+  char line[512], room[128] = "";
+  if ((error == ENOSPC || error == ENOMEM) && needed)
+    snprintf(room, sizeof room, ": %llu KiB are needed in /dev/shm and %llu KiB are free",
+             (unsigned long long)needed / 1024,
+             (unsigned long long)atomic_load_explicit(&free_bytes, memory_order_relaxed) / 1024);
+  const char *advice = error == EACCES || error == EPERM ? " (a cluster serves the user who started it)"
+                       : error == ECONNREFUSED || error == ENOENT ? " (is the cluster up? vmmc-emu status)"
+                                                                   : "";
+  int n = snprintf(line, sizeof line, "vmmc: %s cannot use sockets of %s: attaching at %.200s: %s%s%s\n",
+                   program_invocation_short_name, node ? node : "its node", path, strerror(error), room, advice);
+  if (n > (int)sizeof line - 1) n = sizeof line - 1;
+  sys_call(SYS_write, STDERR_FILENO, (long)line, n, 0, 0, 0);
+}
+
 static int attach_default(void) {
   if (endpoint_current()) return 0; /* another thread was faster */
   const char *path = getenv("VMMC_SOCKET");
@@ -326,7 +354,10 @@ static int attach_default(void) {
   struct endpoint *e;
   int error = watch_forks();
   if (!error) error = endpoint_attach(path, false, &e);
-  if (error) return error;
+  if (error) {
+    explain(path, -error);
+    return error;
+  }
   atomic_store_explicit(mark_of(), 1, memory_order_relaxed);
   /* release: see endpoint_current */
   atomic_store_explicit(&current, e, memory_order_release);
