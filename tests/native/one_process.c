@@ -4,8 +4,9 @@
  *
  * The segments are mapped once and shared by all threads (mmap is wrapped at link time), so that the
  * sanitizer knows both sides' accesses for the same memory.  A node talks to itself, through its own NIC
- * and link: several connections at once, both directions, random sizes, every byte compared; then VMMC
- * sends into an exported buffer, with redirections posted and cancelled while they arrive.
+ * and link: several connections at once, both directions, random sizes, every byte compared; many short
+ * ones through one listener, accepted by several threads and ended in every way; then VMMC sends into an
+ * exported buffer, with redirections posted and cancelled while they arrive.
  *
  *     one_process DIRECTORY SEED
  */
@@ -17,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -24,11 +26,13 @@
 #include <unistd.h>
 
 #include "socket.h"
+#include "wait.h"
 #include "vmmc.h"
 #include "vmmc_attach.h"
 #include "vmmc_layout.h"
 
-enum { PAIRS = 3, ROUNDS = 60, MESSAGE = 96 * 1024, PORT = 7000, SENDS = 200, PARTS = 20, BUFFER = PARTS * 6553 };
+enum { PAIRS = 3, ROUNDS = 60, MESSAGE = 96 * 1024, PORT = 7000, SENDS = 200, PARTS = 20, BUFFER = PARTS * 6553,
+       CHURN = 120, CHURNERS = 3, CHURN_BYTES = 12000 };
 
 static char prefix[64];
 static uint64_t seed;
@@ -224,6 +228,104 @@ static void *run_pair(void *number) {
   return NULL;
 }
 
+/* Churn: threads that connect, and threads that accept from one listener, non-blocking and by readiness.  A
+ * connection is ended by either side, read to the end or not, so that slots are used again and again. */
+static struct vsocket *shared_listener;
+static _Atomic int accepted;
+
+static bool acceptable(void *listener) { return socket_ready(listener) & EPOLLIN || atomic_load(&accepted) == CHURN; }
+static bool readable(void *s) { return socket_ready(s) & (EPOLLIN | EPOLLHUP | EPOLLERR); }
+
+/* Waits until ready(s), on its receive word. */
+static void wait_ready(struct vsocket *s, bool (*ready)(void *)) {
+  struct wait_word word[2];
+  CHECK(socket_wait_words(s, &word[0], &word[1]));
+  int error = wait_until(word, 2, ready, s, WAIT_FOREVER, false);
+  if (error) errno = -error, fail("wait_until");
+}
+
+/* Up to `most` bytes of the stream; true at its end, or when it broke. */
+static bool read_upto(struct vsocket *s, uint64_t stream, uint64_t most) {
+  char block[4096];
+  for (uint64_t position = 0; position < most;) {
+    struct iovec vector = { block, sizeof block < most - position ? sizeof block : most - position };
+    ssize_t n = socket_receive(s, &vector, 1, MSG_DONTWAIT);
+    if (n == -EAGAIN) {
+      wait_ready(s, readable);
+      continue;
+    }
+    if (n == 0 || n == -ECONNRESET || n == -EPIPE) return true;
+    if (n < 0) errno = (int)-n, fail("receive");
+    for (ssize_t i = 0; i < n; i++, position++)
+      if (block[i] != byte_at(stream, position)) errno = EIO, fail("a byte differs");
+  }
+  return false;
+}
+
+static void write_churn(struct vsocket *s, uint64_t stream, uint64_t length) {
+  char block[CHURN_BYTES];
+  for (uint64_t i = 0; i < length; i++) block[i] = byte_at(stream, i);
+  struct iovec vector = { block, length };
+  ssize_t n = length ? socket_send(s, &vector, 1, 0) : 0;
+  if (n < 0 && n != -EPIPE && n != -ECONNRESET) errno = (int)-n, fail("send");
+}
+
+/* One side of a connection: writes, reads all or a part or nothing, and closes. */
+static void churn_side(struct vsocket *s, uint64_t *state, uint64_t writes, uint64_t reads) {
+  uint64_t choice = next(state) % 4;
+  write_churn(s, writes, next(state) % CHURN_BYTES);
+  if (choice < 3) CHECK(socket_shutdown(s, SHUT_WR) <= 0); /* may be broken already */
+  if (choice < 3) read_upto(s, reads, choice == 2 ? next(state) % CHURN_BYTES : UINT64_MAX);
+  socket_release(s);
+}
+
+static void *accept_churn(void *number) {
+  uint64_t state = seed * 31 + (uintptr_t)number + 1;
+  while (atomic_load(&accepted) < CHURN) {
+    struct vsocket *s;
+    int error = socket_accept(shared_listener, true, &s);
+    if (error == -EAGAIN) {
+      wait_ready(shared_listener, acceptable);
+      continue;
+    }
+    if (error) errno = -error, fail("accept");
+    atomic_fetch_add(&accepted, 1);
+    churn_side(s, &state, 2, 1);
+  }
+  return NULL;
+}
+
+static void *connect_churn(void *number) {
+  uint64_t state = seed * 37 + (uintptr_t)number + 100;
+  struct sockaddr_in address = { .sin_family = AF_INET, .sin_port = htons(PORT - 1),
+                                 .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+  for (int i = 0; i < CHURN / CHURNERS; i++) {
+    struct vsocket *s = socket_new(AF_INET);
+    int error = s ? socket_connect(s, (void *)&address, sizeof address, false) : -ENOMEM;
+    if (error) errno = -error, fail("connect");
+    churn_side(s, &state, 1, 2);
+  }
+  return NULL;
+}
+
+static void churn(void) {
+  struct sockaddr_in address = { .sin_family = AF_INET, .sin_port = htons(PORT - 1),
+                                 .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+  pthread_t thread[2 * CHURNERS];
+  shared_listener = socket_new(AF_INET);
+  CHECK(shared_listener && socket_bind(shared_listener, (void *)&address, sizeof address) == 0);
+  CHECK(socket_listen(shared_listener, 2) == 0);
+  for (uintptr_t i = 0; i < 2 * CHURNERS; i++)
+    pthread_create(&thread[i], NULL, i % 2 ? accept_churn : connect_churn, (void *)i);
+  for (int i = 0; i < 2 * CHURNERS; i += 2) pthread_join(thread[i], NULL); /* all are connected, and accepted */
+  struct vsocket *last = socket_new(AF_INET); /* wakes those who still wait to accept */
+  while (atomic_load(&accepted) < CHURN) sched_yield();
+  CHECK(socket_connect(last, (void *)&address, sizeof address, false) == 0);
+  for (int i = 1; i < 2 * CHURNERS; i += 2) pthread_join(thread[i], NULL);
+  socket_release(last);
+  socket_release(shared_listener);
+}
+
 /* Sends into a buffer while its owner posts and cancels redirections: whatever the timing, each byte is
  * where redirect_end says. */
 struct sender { struct vmmc_endpoint *endpoint; uint32_t import; char *source; };
@@ -299,10 +401,11 @@ int main(int count, char **argument) {
 
   for (uintptr_t i = 0; i < PAIRS; i++) pthread_create(&pair[i], NULL, run_pair, (void *)i);
   for (int i = 0; i < PAIRS; i++) pthread_join(pair[i], NULL);
+  churn();
   redirections();
 
   kill(getpid(), SIGTERM); /* the NIC's: it ends its duty cycle */
   pthread_join(nic, NULL);
-  printf("every byte of %d connections and %d sends was where it belongs\n", PAIRS * ROUNDS, SENDS);
+  printf("every byte of %d connections and %d sends was where it belongs\n", PAIRS * ROUNDS + CHURN, SENDS);
   return 0;
 }
