@@ -333,7 +333,8 @@ class Daemon:
             hint, needed, free = "", 0, 0
             if error.errno in {errno.ENOSPC, errno.ENOMEM}:
                 needed, free = 2 * _CONTROL_BYTES, limits.shm_free_bytes()
-                hint = f": {limits.mebibytes(needed)} are needed in /dev/shm and {limits.mebibytes(free)} is free"
+                needs, has = limits.mebibytes(needed), limits.mebibytes(free)
+                hint = f": {needs} are needed in /dev/shm and {has} is free"
             log(f"{name} cannot attach pid {pid}: {error.strerror}{hint}")
             self._refuse(connection, error.errno or errno.EIO, needed, free)
             return
