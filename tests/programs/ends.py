@@ -1,6 +1,6 @@
 """How connections end: shutdown, close and reset in every order; prints what calls gave and what was ready.
 
-    python ends.py
+    python ends.py LENGTH [edges]
 
 Run over the kernel and on a node, the two transcripts must be equal.  After each step it waits, where
 something is to arrive, for just that.
@@ -34,17 +34,26 @@ def attempt(call: Callable[[], object]) -> str:
         return errno.errorcode[error.errno or 0]
 
 
+def spell(events: int) -> str:
+    """Events by name; poll's and epoll's are the same."""
+    return "|".join(name for name in NAMES if events & getattr(select, f"POLL{name}")) or "-"
+
+
 def ready(sock: socket.socket) -> str:
     """What poll says now."""
     poll = select.poll()
     poll.register(sock, ALL)
-    events = dict(poll.poll(0)).get(sock.fileno(), 0)
-    return "|".join(name for name in NAMES if events & getattr(select, f"POLL{name}")) or "-"
+    return spell(dict(poll.poll(0)).get(sock.fileno(), 0))
+
+
+def raw_state(sock: socket.socket) -> int:
+    """TCP's state."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
 
 
 def tcp_state(sock: socket.socket) -> int:
     """TCP's state, of which a FIN that is acknowledged or not are the same here: the kernel delays that."""
-    state = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    state = raw_state(sock)
     return FIN_WAIT2 if state == FIN_WAIT1 else state
 
 
@@ -93,6 +102,33 @@ def settle(action: str, before: int, unread: int, ends: dict[str, socket.socket]
             wait_until(lambda: tcp_state(end) == tcp_state(other) == CLOSE)
 
 
+class Watch:
+    """Two sets that watch an end: one for its edges, one to know that what is ready has come to sets."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+        self.edges, self.levels = select.epoll(), select.epoll()
+        self.edges.register(end, ALL | select.EPOLLET)
+        self.levels.register(end, ALL)
+        self.edges.poll(0)  # what there is from the start has been told
+
+    def told(self, edges: select.epoll) -> str:
+        return spell(dict(edges.poll(0)).get(self.end.fileno(), 0))
+
+    def edge(self) -> str:
+        """What is told anew."""
+        if self.end.fileno() < 0:
+            return "closed"
+        # The kernel tells of a FIN's acknowledgement, which it delays.
+        wait_until(lambda: raw_state(self.end) != FIN_WAIT1)
+        wait_until(lambda: self.told(self.levels) == ready(self.end))
+        return self.told(self.edges)
+
+    def close(self) -> None:
+        self.edges.close()
+        self.levels.close()
+
+
 def act(action: str, ends: dict[str, socket.socket]) -> str:
     actor, _, what = action.partition(" ")
     end = ends[actor]
@@ -125,8 +161,9 @@ def last_words(end: socket.socket) -> str:
     return " ".join(words)
 
 
-def run(actions: tuple[str, ...]) -> None:
+def run(actions: tuple[str, ...], with_edges: bool) -> None:
     ends = pair()
+    watches = {name: Watch(end) for name, end in ends.items()}
     print("--", ", ".join(actions), flush=True)
     for action in actions:
         actor = action[0]
@@ -138,19 +175,22 @@ def run(actions: tuple[str, ...]) -> None:
         result = act(action, ends)
         if result in ("None", "5"):
             settle(action, before, unread, ends)
+        if with_edges:
+            print("edges:", *(f"{name} {watch.edge()}" for name, watch in watches.items()))
         print(f"{action}: {result}; a {state(ends['a'])}; b {state(ends['b'])}")
     for name, end in ends.items():
         print(f"{name}: {last_words(end)}")
-    for end in ends.values():
+    for name, end in ends.items():
         end.close()
+        watches[name].close()
 
 
 def main() -> None:
     signal_free = [f"{end} {what}" for end in "ab" for what in ("r", "w", "rw", "send", "close", "abort")]
-    length = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    length, with_edges = int(sys.argv[1]), "edges" in sys.argv
     for actions in itertools.product(signal_free, repeat=length):
         if actions[0].startswith("a"):  # the other half is the same with the names exchanged
-            run(actions)
+            run(actions, with_edges)
 
 
 if __name__ == "__main__":

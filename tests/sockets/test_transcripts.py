@@ -13,10 +13,10 @@ from vmmc_emu import Cluster
 PROGRAMS = Path(__file__).parent.parent / "programs"
 
 
-TRANSCRIPTS = [["ends.py", "3"], ["used_after_fork.py"], ["nonsense.py"]]
+TRANSCRIPTS = [["ends.py", "3"], ["ends.py", "2", "edges"], ["used_after_fork.py"], ["nonsense.py"]]
 
 
-@pytest.mark.parametrize("program", TRANSCRIPTS, ids=lambda program: program[0])
+@pytest.mark.parametrize("program", TRANSCRIPTS, ids=" ".join)
 def test_same_as_the_kernel(program: list[str], two_nodes: Cluster) -> None:
     command = [sys.executable, str(PROGRAMS / program[0]), *program[1:]]
     kernel = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -477,6 +477,7 @@ int socket_shutdown(struct vsocket *s, int how) {
     control_end(s);
     return 0;
   }
+  atomic_fetch_add_explicit(&s->shutdowns, 1, memory_order_relaxed);
   if (!view.connected || view.dead) return -ENOTCONN;
   bool over = connection_over(s); /* Linux then says so, and does it all the same */
   critical_lock(&s->send_lock); /* bytes that a send is about to publish go before the end */

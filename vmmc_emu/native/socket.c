@@ -79,7 +79,7 @@ struct vsocket *socket_new(int family) {
   memset(&s->local, 0, sizeof s->local);
   memset(&s->peer, 0, sizeof s->peer);
   s->bound = s->control_busy = s->redirecting = false;
-  s->closing = s->ended = s->shut = s->local_asleep = 0;
+  s->closing = s->ended = s->shut = s->shutdowns = s->local_asleep = 0;
   s->request = 0;
   s->low_water = 1;
   s->rung = s->outstanding = s->full_at = 0;

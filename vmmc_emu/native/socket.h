@@ -59,6 +59,7 @@ struct vsocket {
   _Atomic uint32_t closing;           /* socket_close was called */
   _Atomic uint32_t ended;             /* the slot was given back: nothing is left to close */
   _Atomic uint32_t shut;              /* VMMC_SHUT_READ and _WRITE: what the program shut down */
+  _Atomic uint32_t shutdowns;         /* calls of shutdown: each is news to edge-triggered sets, as on Linux */
   _Atomic uint32_t local_wake;        /* changed by this process when a waiter must look again */
   _Atomic uint32_t local_asleep;      /* threads that sleep on it */
   uint32_t request;                   /* newest request in the slot's mailbox */

@@ -561,12 +561,14 @@ struct socket_edges socket_edges(struct vsocket *s) {
   if (!s->generation || !connection_usable(s)) return (struct socket_edges){ 0, atomic_load(&s->phase) };
   const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
   struct connection_view view = connection_view(s);
-  uint64_t shut = atomic_load_explicit(&s->shut, memory_order_relaxed);
-  uint64_t state = view.status * 0x9e3779b97f4a7c15u + shut * 0xc2b2ae3d27d4eb4fu;
+  uint64_t shutdowns = atomic_load_explicit(&s->shutdowns, memory_order_relaxed);
+  /* That a peer whose end had come reads no more either is no news: but to a writer that waits for room. */
+  bool peer_closed = view.status & VMMC_PEER_CLOSED;
+  uint64_t state = (view.status & ~(uint32_t)VMMC_PEER_CLOSED) * 0x9e3779b97f4a7c15u + shutdowns * 0xc2b2ae3d27d4eb4fu;
   uint64_t full_at = atomic_load_explicit(&s->full_at, memory_order_relaxed);
   bool room_since = atomic_load_explicit(&n->limit, memory_order_acquire) > full_at;
   return (struct socket_edges){
     .in = atomic_load_explicit(&n->placed, memory_order_acquire) + state,
-    .out = full_at * 2 + room_since + state,
+    .out = full_at * 2 + (room_since || peer_closed) + state,
   };
 }
