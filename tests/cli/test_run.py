@@ -89,7 +89,8 @@ def test_the_terminal_is_the_programs(up: Cli) -> None:
     code = (
         "import os, signal, sys, termios\n"
         "count = 0\n"
-        "def note(n, f):\n    global count; count += 1; print('interrupt', count, flush=True)\n"
+        # Not print: the signal may come while the line below is being printed, and print is not reentrant.
+        "def note(n, f):\n    global count; count += 1; os.write(1, b'interrupt %d\\n' % count)\n"
         "signal.signal(signal.SIGINT, note)\n"
         "print('tty', os.isatty(0), os.isatty(1), os.get_terminal_size().columns, flush=True)\n"
         "print('line', sys.stdin.readline().strip(), flush=True)\n"
