@@ -124,14 +124,15 @@ class Report:
             line = f"{row.size:>9}"
             for path in paths:
                 figures = row.figures[path]
-                spread = f"({_short(min(figures))} to {_short(max(figures))})"
-                line += f"  {_short(row.median(path)):>8} {spread:<21}"
+                spread = f"({short(min(figures))} to {short(max(figures))})"
+                line += f"  {short(row.median(path)):>8} {spread:<21}"
             for path in paths[1:]:
                 line += f"  x{self.times_better(row, path):.1f}"
             yield line
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Three digits, or all of an integer."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
@@ -162,10 +163,13 @@ def measure(
 
 
 def _client(host: str, port: int, mode: str, size: int, seconds: float) -> list[str]:
+    if mode == "connect":
+        return [str(native_file("vmmc-bench")), mode, host, str(port), f"{seconds:.4f}"]
     return [str(native_file("vmmc-bench")), mode, host, str(port), str(size), f"{seconds:.4f}"]
 
 
-def _sample(finished: subprocess.CompletedProcess[str]) -> Sample:
+def sample_of(finished: subprocess.CompletedProcess[str]) -> Sample:
+    """What the measuring program said; RuntimeError when it failed."""
     if finished.returncode != 0:
         command = " ".join(finished.args[1:])
         raise RuntimeError(
@@ -175,9 +179,9 @@ def _sample(finished: subprocess.CompletedProcess[str]) -> Sample:
     return sample
 
 
-def _serving(server: subprocess.Popen[str], stack: contextlib.ExitStack) -> int:
+def serving_port(server: subprocess.Popen[str], stack: contextlib.ExitStack) -> int:
     """The port of a measuring server that was just started; `stack` ends it."""
-    stack.callback(_end, server)
+    stack.callback(end, server)
     assert server.stdout is not None
     line = server.stdout.readline()
     if not line.startswith("listening "):
@@ -185,35 +189,55 @@ def _serving(server: subprocess.Popen[str], stack: contextlib.ExitStack) -> int:
     return int(line.split()[1])
 
 
-def _end(server: subprocess.Popen[str]) -> None:
+def end(server: subprocess.Popen[str]) -> None:
+    """Kills a program and takes its end."""
     server.kill()
     server.wait()
-    if server.stdout is not None:
-        server.stdout.close()
+    for stream in (server.stdin, server.stdout):
+        if stream is not None:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
 
 
 def over_tcp(stack: contextlib.ExitStack) -> Path:
     """The path over kernel TCP on loopback; its server ends with `stack`."""
     server = subprocess.Popen([native_file("vmmc-bench"), "server", "0"], stdout=subprocess.PIPE, text=True)
-    port = _serving(server, stack)
+    port = serving_port(server, stack)
 
     def run(mode: str, size: int, seconds: float) -> Sample:
         command = _client("127.0.0.1", port, mode, size, seconds)
-        return _sample(subprocess.run(command, capture_output=True, text=True, timeout=120, check=False))
+        return sample_of(subprocess.run(command, capture_output=True, text=True, timeout=120, check=False))
 
     return Path("tcp", run)
 
 
-def over_vmmc(cluster: Cluster, stack: contextlib.ExitStack, *, client: int = 0, server: int = 1) -> Path:
-    """The path between two nodes of a running cluster; its server ends with `stack`."""
+def over_unix() -> Path:
+    """The path over an AF_UNIX socket pair between two processes: the kernel's shortest stream."""
+
+    def run(mode: str, size: int, seconds: float) -> Sample:
+        command = [str(native_file("vmmc-bench")), "pair", mode, str(size), f"{seconds:.4f}"]
+        return sample_of(subprocess.run(command, capture_output=True, text=True, timeout=120, check=False))
+
+    return Path("unix", run)
+
+
+def over_vmmc(
+    cluster: Cluster,
+    stack: contextlib.ExitStack,
+    *,
+    client: int = 0,
+    server: int = 1,
+    serving: Sequence[str] = ("vmmc-bench", "server", "0"),
+) -> Path:
+    """The path between two nodes of a running cluster; its server, `serving`, ends with `stack`."""
     process = cluster.node(server).popen(
-        [str(native_file("vmmc-bench")), "server", "0"], stdout=subprocess.PIPE, text=True
+        [str(native_file(serving[0])), *serving[1:]], stdout=subprocess.PIPE, text=True
     )
-    port = _serving(process, stack)
+    port = serving_port(process, stack)
 
     def run(mode: str, size: int, seconds: float) -> Sample:
         command = _client(f"node{server}", port, mode, size, seconds)
-        return _sample(
+        return sample_of(
             cluster.node(client).run(command, capture_output=True, text=True, timeout=120, check=False)
         )
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from vmmc_emu import bench as measuring
+from vmmc_emu import bench_all as everything_of
 from vmmc_emu.cluster import Cluster
 from vmmc_emu.errors import ClusterError
 
@@ -101,8 +102,112 @@ def _progress() -> Callable[[int, int, str], Any]:
     return show
 
 
-_command(
-    measuring.KINDS["latency"], "One-way latency of messages of 1 B to 1 MiB."
-)
+_command(measuring.KINDS["latency"], "One-way latency of messages of 1 B to 1 MiB.")
 _command(measuring.KINDS["bandwidth"], "Bytes a second in one direction, in writes of 1 B to 1 MiB.")
 _command(measuring.KINDS["messages"], "Small writes a second in one direction.")
+
+
+def _paths(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    """`tcp,unix` as a list."""
+    names = [name for name in (value or "").split(",") if name]
+    for name in names:
+        if name not in {"tcp", "unix"}:
+            raise click.BadParameter(f"{name!r} is not a path: tcp and unix are.")
+    return names
+
+
+@bench.command("all")
+@click.option(
+    "--vs", callback=_paths, metavar="tcp,unix", help="Measure these paths too, and show the ratios."
+)
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1, 1000))
+@click.option(
+    "--seconds", default=0.5, show_default=True, type=click.FloatRange(0.001, 600),
+    help="How long each measurement lasts.",
+)  # fmt: skip
+@click.option(
+    "--ring", "rings", multiple=True, default=(8, 64), show_default=True, type=click.IntRange(2, 256),
+    help="Nodes that a token is passed around; repeats.",
+)  # fmt: skip
+@click.option(
+    "--idle-seconds", default=10.0, show_default=True, type=click.FloatRange(0.01, 600),
+    help="How long the CPU time of an idle cluster of 8 is counted.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def everything(
+    context: click.Context,
+    vs: list[str],
+    rounds: int,
+    seconds: float,
+    rings: tuple[int, ...],
+    idle_seconds: float,
+    as_json: bool,
+) -> None:
+    """Everything: latency, bandwidth, connections, redis, loaded and idle machines, a token's hops.
+
+    "All cores held" is while one CPU-bound program for each core runs.  "unix" is an AF_UNIX socket pair
+    between two processes; what needs addresses is not measured over it.  Clusters for a token and for
+    idleness are started for the time.
+    """
+    rows: list[everything_of.Row] = []
+    skipped: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        cluster = _cluster(context, stack)
+        rows += everything_of.socket_rows(cluster, vs, stack)
+        redis = everything_of.redis_rows(cluster, vs, stack)
+        rows += redis
+        if not redis:
+            skipped["redis"] = "redis-server and redis-benchmark are not installed"
+        for nodes in rings:
+            click.echo(f"starting a cluster of {nodes} nodes for the token", err=True)
+            ring = stack.enter_context(Cluster(nodes=nodes, name=f"bench-{secrets.token_hex(4)}"))
+            rows.append(everything_of.ring_row(ring, vs, stack))
+        machine = everything_of.measure_rows(rows, rounds=rounds, seconds=seconds, progress=_progress())
+    click.echo(f"counting the CPU time of an idle cluster for {idle_seconds:g} s", err=True)
+    with Cluster(nodes=8, name=f"bench-{secrets.token_hex(4)}") as idle, contextlib.ExitStack() as stack:
+        row = everything_of.idle_row(idle, 100, idle_seconds, stack)
+        everything_of.measure_rows([row], rounds=1, seconds=0.01)
+    rows.append(row)
+    for name, why in skipped.items():
+        click.echo(f"{name} is not measured: {why}", err=True)
+    if as_json:
+        report = everything_of.as_dict(rows, machine, skipped, rounds=rounds, seconds=seconds)
+        click.echo(json.dumps(report, indent=2))
+        return
+    for line in everything_of.as_table(rows):
+        click.echo(line)
+    click.echo()
+    for line in everything_of.as_bars(rows):
+        click.echo(line)
+    click.echo()
+    click.echo(everything_of.as_noise(rows, machine))
+
+
+@bench.command("redirection")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1, 1000))
+@click.option(
+    "--seconds", default=0.5, show_default=True, type=click.FloatRange(0.001, 600),
+    help="How long each measurement lasts.",
+)  # fmt: skip
+@click.option(
+    "--size", default=1 << 20, show_default=True, type=click.IntRange(1, 1 << 25), help="Bytes a receive."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def redirection(context: click.Context, rounds: int, seconds: float, size: int, as_json: bool) -> None:
+    """Receives into memory that the NIC reaches, beside receives into the program's own.
+
+    A receive that waits has posted its address: bytes go straight there, copied once.  Elsewhere they go
+    to the default buffer first, and the library copies them out.
+    """
+    with contextlib.ExitStack() as stack:
+        report = everything_of.redirection(
+            _cluster(context, stack), stack,
+            size=size, rounds=rounds, seconds=seconds, progress=_progress(),
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    for line in everything_of.redirection_table(report):
+        click.echo(line)

@@ -6,24 +6,36 @@
  *     vmmc-bench server PORT                          serves until it is killed; port 0: any
  *     vmmc-bench latency HOST PORT BYTES SECONDS      ping-pong of BYTES
  *     vmmc-bench stream HOST PORT BYTES SECONDS       one direction, BYTES a write
+ *     vmmc-bench connect HOST PORT SECONDS            connects, exchanges a byte and closes, again and again
+ *     vmmc-bench hold HOST PORT COUNT                 COUNT connections that do nothing, until stdin ends
+ *     vmmc-bench pair latency|stream BYTES SECONDS    the same over an AF_UNIX socket pair, with a child
+ *     vmmc-bench ring lead|pass                       one of a ring of programs that pass a byte around
+ *     vmmc-bench spin                                 takes all CPU time it gets, while its parent lives
  *
- * The server says "listening PORT" when it does.  A client prints one line of JSON.
+ * A server says "listening PORT" when it does.  A client prints one line of JSON.  A ring's members are
+ * servers too; each is told on stdin the next one's "HOST PORT", says "linked" when it is, and the leader then
+ * answers each line of SECONDS with a line of JSON.
  */
 #include <errno.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <signal.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum kind { LATENCY, STREAM };
+enum kind { LATENCY, STREAM, HOLD };
 
-/* What a client sends first, in network order. */
+/* What a client sends first, in network order: its first byte is 0.  Any other first byte is sent back, and
+ * that was the conversation. */
 struct opening {
   uint32_t kind; /* enum kind */
   uint32_t size; /* bytes a write */
@@ -85,13 +97,22 @@ static char *filled_block(size_t size) {
 
 /* ---- server -------------------------------------------------------------------------------------- */
 
-static void serve(int fd) {
+/* True: the connection is to be kept, and nothing is to be done about it. */
+static bool serve(int fd) {
   struct opening opening;
-  if (receive_all(fd, (char *)&opening, sizeof opening) != sizeof opening) return; /* somebody who only looks */
+  char *bytes = (char *)&opening;
+  if (receive_all(fd, bytes, 1) != 1) return false; /* somebody who only looks */
+  if (bytes[0]) {
+    send_all(fd, bytes, 1);
+    receive_all(fd, bytes, 1); /* the client closes first */
+    return false;
+  }
+  if (receive_all(fd, bytes + 1, sizeof opening - 1) != sizeof opening - 1) return false;
+  if (ntohl(opening.kind) == HOLD) return true;
   size_t size = ntohl(opening.size);
   if (size == 0 || size > LARGEST) {
     fprintf(stderr, "vmmc-bench: a client asked for %zu bytes, at most %d are served\n", size, LARGEST);
-    return;
+    return false;
   }
   char *block = filled_block(size);
   if (ntohl(opening.kind) == LATENCY) {
@@ -104,44 +125,72 @@ static void serve(int fd) {
     send_all(fd, (char *)&total, sizeof total);
   }
   free(block);
+  return false;
 }
 
-static void run_server(const char *port) {
+/* A socket that listens, after saying where. */
+static int listen_on(const char *port) {
   struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(port))};
   socklen_t length = sizeof address;
   int one = 1, listener = socket(AF_INET, SOCK_STREAM, 0);
   if (listener < 0) fail("socket");
   if (setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) < 0) fail("setsockopt SO_REUSEADDR");
   if (bind(listener, (struct sockaddr *)&address, length) < 0) fail("bind");
-  if (listen(listener, 16) < 0) fail("listen");
+  if (listen(listener, 128) < 0) fail("listen");
   if (getsockname(listener, (struct sockaddr *)&address, &length) < 0) fail("getsockname");
   printf("listening %d\n", ntohs(address.sin_port));
   fflush(stdout);
+  return listener;
+}
+
+static int accept_one(int listener) {
   for (;;) {
     int fd = accept(listener, NULL, NULL);
     if (fd < 0 && (errno == EINTR || errno == ECONNABORTED)) continue;
     if (fd < 0) fail("accept");
     send_at_once(fd);
-    serve(fd);
-    close(fd);
+    return fd;
+  }
+}
+
+static void run_server(const char *port) {
+  int listener = listen_on(port);
+  for (;;) {
+    int fd = accept_one(listener);
+    if (!serve(fd)) close(fd);
   }
 }
 
 /* ---- client -------------------------------------------------------------------------------------- */
 
-static int connect_to(const char *host, const char *port) {
+static struct addrinfo *resolve(const char *host, const char *port) {
   struct addrinfo hints = {.ai_family = AF_INET, .ai_socktype = SOCK_STREAM}, *found;
   int error = getaddrinfo(host, port, &hints, &found);
   if (error) {
     fprintf(stderr, "vmmc-bench: %s: %s\n", host, gai_strerror(error));
     exit(1);
   }
+  return found;
+}
+
+static int connect_found(const struct addrinfo *found) {
   int fd = socket(found->ai_family, found->ai_socktype, 0);
   if (fd < 0) fail("socket");
   if (connect(fd, found->ai_addr, found->ai_addrlen) < 0) fail("connect");
-  freeaddrinfo(found);
   send_at_once(fd);
   return fd;
+}
+
+static int connect_to(const char *host, const char *port) {
+  struct addrinfo *found = resolve(host, port);
+  int fd = connect_found(found);
+  freeaddrinfo(found);
+  return fd;
+}
+
+static void open_with(int fd, enum kind kind, size_t size) {
+  struct opening opening = {htonl(kind), htonl((uint32_t)size)};
+  send_all(fd, (char *)&opening, sizeof opening);
 }
 
 static int compare(const void *a, const void *b) {
@@ -200,24 +249,134 @@ static void measure_stream(int fd, size_t size, double seconds) {
          (unsigned long long)writes, (unsigned long long)(writes * size), elapsed);
 }
 
-int main(int argc, char **argv) {
-  if (argc == 3 && !strcmp(argv[1], "server")) run_server(argv[2]);
-  int latency = argc == 6 && !strcmp(argv[1], "latency");
-  if (!latency && (argc != 6 || strcmp(argv[1], "stream"))) {
-    fprintf(stderr, "usage: vmmc-bench server PORT\n"
-                    "       vmmc-bench latency|stream HOST PORT BYTES SECONDS\n");
-    return 2;
-  }
-  long size = atol(argv[4]);
-  if (size < 1 || size > LARGEST) {
-    fprintf(stderr, "vmmc-bench: BYTES is %s, must be 1 to %d\n", argv[4], LARGEST);
-    return 2;
-  }
-  int fd = connect_to(argv[2], argv[3]);
-  struct opening opening = {htonl(latency ? LATENCY : STREAM), htonl((uint32_t)size)};
-  send_all(fd, (char *)&opening, sizeof opening);
-  if (latency) measure_latency(fd, (size_t)size, atof(argv[5]));
-  else measure_stream(fd, (size_t)size, atof(argv[5]));
+static void measure(int fd, enum kind kind, size_t size, double seconds) {
+  open_with(fd, kind, size);
+  if (kind == LATENCY) measure_latency(fd, size, seconds);
+  else measure_stream(fd, size, seconds);
   close(fd);
+}
+
+static void measure_connects(const char *host, const char *port, double seconds) {
+  struct addrinfo *found = resolve(host, port);
+  double begin = now(), start = 0, t = begin;
+  uint64_t connects = 0;
+  for (; t < begin + seconds || !connects; t = now()) {
+    if (!start && t >= begin + seconds * WARM_UP) start = t, connects = 0;
+    char byte = 'x';
+    int fd = connect_found(found);
+    send_all(fd, &byte, 1);
+    if (receive_all(fd, &byte, 1) != 1 || byte != 'x') {
+      fprintf(stderr, "vmmc-bench: the server did not send the byte back\n");
+      exit(1);
+    }
+    close(fd);
+    connects++;
+  }
+  printf("{\"kind\": \"connect\", \"connects\": %llu, \"seconds\": %.6f}\n", (unsigned long long)connects,
+         t - (start ? start : begin));
+  freeaddrinfo(found);
+}
+
+static void hold(const char *host, const char *port, int count) {
+  for (int i = 0; i < count; i++) open_with(connect_to(host, port), HOLD, 0);
+  printf("holding %d\n", count);
+  fflush(stdout);
+  char byte;
+  while (read(STDIN_FILENO, &byte, 1) > 0) {}
+}
+
+/* A socket pair passes to the kernel, on a node as well. */
+static void measure_pair(enum kind kind, size_t size, double seconds) {
+  int pair[2];
+  if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) < 0) fail("socketpair");
+  pid_t child = fork();
+  if (child < 0) fail("fork");
+  if (child == 0) {
+    close(pair[0]);
+    serve(pair[1]);
+    _exit(0);
+  }
+  close(pair[1]);
+  measure(pair[0], kind, size, seconds);
+  if (waitpid(child, NULL, 0) < 0) fail("waitpid");
+}
+
+/* ---- a ring -------------------------------------------------------------------------------------- */
+
+static void lead(int previous, int next) {
+  char line[64], token = 't';
+  while (fgets(line, sizeof line, stdin)) {
+    double seconds = atof(line), begin = now(), start = 0, t = begin;
+    uint64_t rounds = 0;
+    for (; t < begin + seconds || !rounds; t = now()) {
+      if (!start && t >= begin + seconds * WARM_UP) start = t, rounds = 0;
+      send_all(next, &token, 1);
+      if (receive_all(previous, &token, 1) != 1) {
+        fprintf(stderr, "vmmc-bench: the ring is broken\n");
+        exit(1);
+      }
+      rounds++;
+    }
+    printf("{\"kind\": \"ring\", \"rounds\": %llu, \"seconds\": %.6f}\n", (unsigned long long)rounds,
+           t - (start ? start : begin));
+    fflush(stdout);
+  }
+}
+
+static void run_ring(bool leads) {
+  int listener = listen_on("0");
+  char line[512], host[256], port[16];
+  if (!fgets(line, sizeof line, stdin) || sscanf(line, "%255s %15s", host, port) != 2) {
+    fprintf(stderr, "vmmc-bench: stdin does not say who is next\n");
+    exit(1);
+  }
+  int next = connect_to(host, port), previous = accept_one(listener);
+  printf("linked\n");
+  fflush(stdout);
+  char token;
+  if (leads) lead(previous, next);
+  else
+    while (receive_all(previous, &token, 1) == 1) send_all(next, &token, 1);
+}
+
+static void spin(void) {
+  if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0) fail("prctl");
+  for (volatile uint64_t turns = 0;; turns++) {}
+}
+
+static int usage(void) {
+  fprintf(stderr, "usage: vmmc-bench server PORT\n"
+                  "       vmmc-bench latency|stream HOST PORT BYTES SECONDS\n"
+                  "       vmmc-bench connect HOST PORT SECONDS\n"
+                  "       vmmc-bench hold HOST PORT COUNT\n"
+                  "       vmmc-bench pair latency|stream BYTES SECONDS\n"
+                  "       vmmc-bench ring lead|pass\n"
+                  "       vmmc-bench spin\n");
+  return 2;
+}
+
+int main(int argc, char **argv) {
+  const char *mode = argc > 1 ? argv[1] : "";
+  bool pair = argc == 5 && !strcmp(mode, "pair");
+  const char *what = pair ? argv[2] : mode;
+  bool latency = !strcmp(what, "latency"), stream = !strcmp(what, "stream");
+  if ((pair || argc == 6) && (latency || stream)) {
+    const char *bytes = argv[argc - 2];
+    double seconds = atof(argv[argc - 1]);
+    enum kind kind = latency ? LATENCY : STREAM;
+    long size = atol(bytes);
+    if (size < 1 || size > LARGEST) {
+      fprintf(stderr, "vmmc-bench: BYTES is %s, must be 1 to %d\n", bytes, LARGEST);
+      return 2;
+    }
+    if (pair) measure_pair(kind, (size_t)size, seconds);
+    else measure(connect_to(argv[2], argv[3]), kind, (size_t)size, seconds);
+  } else if (argc == 3 && !strcmp(mode, "server")) run_server(argv[2]);
+  else if (argc == 5 && !strcmp(mode, "connect")) measure_connects(argv[2], argv[3], atof(argv[4]));
+  else if (argc == 5 && !strcmp(mode, "hold")) hold(argv[2], argv[3], atoi(argv[4]));
+  else if (argc == 3 && !strcmp(mode, "ring") && (!strcmp(argv[2], "lead") || !strcmp(argv[2], "pass")))
+    run_ring(argv[2][0] == 'l');
+  else if (argc == 2 && !strcmp(mode, "spin")) spin();
+  else return usage();
   return 0;
 }
