@@ -54,12 +54,14 @@ bool socket_place(uint32_t *node, uint32_t *nodes) {
 
 static uint8_t kernel_port[65536 / 8];
 
-static void complain(const char *text) {
-  char line[256];
+/* Says the first piece of nonsense: one line, however much of it there is. */
+static void complain(const char *text, int count) {
+  char line[256], more[32] = "";
+  if (count > 1) snprintf(more, sizeof more, " (and %d more)", count - 1);
   int n = snprintf(line, sizeof line,
-                   "vmmc: VMMC_KERNEL_PORTS: \"%.64s\" is no port or range of ports (like 80,8000-8010); "
+                   "vmmc: VMMC_KERNEL_PORTS: \"%.64s\"%s is no port or range of ports (like 80,8000-8010); "
                    "ignored\n",
-                   text);
+                   text, more);
   sys_call(SYS_write, 2, (long)line, n, 0, 0, 0);
 }
 
@@ -69,6 +71,8 @@ static void parse_kernel_ports(void) {
   if (!text) return;
   snprintf(copy, sizeof copy, "%s", text);
   char *rest = copy;
+  const char *nonsense = NULL;
+  int count = 0;
   for (char *item; (item = strsep(&rest, ",")) != NULL;) {
     while (*item == ' ') item++;
     char *last = item + strlen(item);
@@ -80,11 +84,12 @@ static void parse_kernel_ports(void) {
     to = from;
     if (good && *end == '-') good = parse_number(end + 1, 65535, &to, &end);
     if (!good || *end || !from || to < from) {
-      complain(item);
+      if (!count++) nonsense = item;
       continue;
     }
     for (uint32_t port = from; port <= to; port++) kernel_port[port / 8] |= (uint8_t)(1u << port % 8);
   }
+  if (count) complain(nonsense, count);
 }
 
 bool socket_port_is_kernels(uint16_t port) {

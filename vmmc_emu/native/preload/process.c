@@ -364,9 +364,18 @@ void process_begin(void) {
   static bool begun;
   if (begun || !environ) return;
   begun = true;
-  const char *diagnostics = getenv("VMMC_DIAGNOSTICS");
-  process_diagnostics = diagnostics && *diagnostics && strcmp(diagnostics, "0");
-  if (!getenv("VMMC_SOCKET") || !socket_place(&process_node, &process_nodes)) return;
+  const char *diagnostics = getenv("VMMC_DIAGNOSTICS"), *daemon = getenv("VMMC_SOCKET");
+  process_diagnostics = diagnostics && !strcmp(diagnostics, "1");
+  if (diagnostics && *diagnostics && !process_diagnostics && strcmp(diagnostics, "0"))
+    process_say("VMMC_DIAGNOSTICS=%.64s is neither 0 nor 1: using 0", diagnostics);
+  if (!daemon || !*daemon) return;
+  if (!socket_place(&process_node, &process_nodes)) {
+    const char *node = getenv("VMMC_NODE"), *nodes = getenv("VMMC_NODES");
+    process_say("VMMC_NODE=%.64s, VMMC_NODES=%.64s are no place in a cluster (like node0 of 2): all sockets are the "
+                "kernel's",
+                node ? node : "", nodes ? nodes : "");
+    return;
+  }
   keep_environment();
   close_inherited();
   signals_begin();

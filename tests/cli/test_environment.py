@@ -1,0 +1,75 @@
+"""Nonsense in the environment variables of ours: one line on stderr, and the default."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from vmmc_emu import Cluster
+
+# Two ends of a connection of this node; says whether the kernel knows of it.
+CONNECTION = """
+import os, socket
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_connection(listener.getsockname()) as one, listener.accept()[0] as other:
+        one.sendall(b"hello")
+        assert other.recv(10) == b"hello"
+        inode = os.readlink(f"/proc/self/fd/{one.fileno()}")[8:-1]
+        print("kernel" if any(inode in line.split() for line in open("/proc/net/tcp")) else "node")
+"""
+
+
+def served_by(cluster: Cluster, **environment: str) -> tuple[str, list[str]]:
+    """By whom its sockets are served, and what it complains of."""
+    command = [sys.executable, "-c", CONNECTION]
+    # After what makes it run on the node: env(1) replaces that.
+    assignments = [f"{name}={value}" for name, value in environment.items()]
+    done = cluster.node(0).run(["env", *assignments, *command], timeout=60, check=True)
+    return done.stdout.strip(), done.stderr.splitlines()
+
+
+def test_good_values(two_nodes: Cluster) -> None:
+    good = {"VMMC_DIAGNOSTICS": "0", "VMMC_PIN_BYTES": "1000000", "VMMC_KERNEL_PORTS": "1,3-5, 7 ,"}
+    assert served_by(two_nodes, **good) == ("node", [])
+    assert served_by(two_nodes, VMMC_DIAGNOSTICS="", VMMC_KERNEL_PORTS="") == ("node", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VMMC_KERNEL_PORTS", "http"),
+        ("VMMC_KERNEL_PORTS", "0,70000,9-8,-1,%s%n,80x"),
+        ("VMMC_DIAGNOSTICS", "perhaps"),
+        ("VMMC_DIAGNOSTICS", "x" * 5000),
+    ],
+)
+def test_the_default_is_used(name: str, value: str, two_nodes: Cluster) -> None:
+    served, said = served_by(two_nodes, **{name: value})
+    assert served == "node"
+    assert len(said) == 1
+    assert name in said[0]
+
+
+@pytest.mark.parametrize("value", ["", "-1", "2x", "999999999999", "1e3"])
+@pytest.mark.parametrize("name", ["VMMC_NODE", "VMMC_NODES"])
+def test_no_place_in_a_cluster(name: str, value: str, two_nodes: Cluster) -> None:
+    """The default is that the program is on no node."""
+    served, said = served_by(two_nodes, **{name: value})
+    assert served == "kernel"
+    assert len(said) == 1
+    assert name in said[0]
+
+
+def test_no_daemon_there(two_nodes: Cluster) -> None:
+    """A daemon that does not answer is not taken for none: sockets would leave the node unseen."""
+    listen = [sys.executable, "-c", "import socket; socket.create_server(('', 0))"]
+    done = two_nodes.node(0).run(["env", "VMMC_SOCKET=/nonsense", *listen], timeout=60)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("vmmc: ")]
+    assert len(said) == 1
+    assert "/nonsense" in said[0]
+
+
+def test_an_empty_daemon_is_none(two_nodes: Cluster) -> None:
+    assert served_by(two_nodes, VMMC_SOCKET="") == ("kernel", [])
