@@ -312,7 +312,8 @@ int socket_getsockopt(struct vsocket *s, int level, int name, void *value, sockl
       if (name == IPV6_V6ONLY && s->family == AF_INET6)
         return give_int((s->bind_flags & VMMC_BIND_V6ONLY) != 0, value, length);
       return -ENOPROTOOPT;
-    default: return -ENOPROTOOPT;
+    case IPPROTO_IP: return -ENOPROTOOPT;
+    default: return s->family == AF_INET ? -EOPNOTSUPP : -ENOPROTOOPT; /* Linux's two families differ */
   }
 }
 

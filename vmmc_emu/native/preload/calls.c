@@ -93,9 +93,17 @@ INTERPOSE ssize_t __read_chk(int fd, void *buffer, size_t length, size_t size) {
   return read(fd, buffer, length);
 }
 
+/* readv and writev of no bytes do nothing, whatever became of the socket; recvmsg and sendmsg look at it. */
+static bool is_empty(const struct iovec *vector, int count) {
+  size_t length = 0;
+  for (int i = 0; i < count; i++) length |= vector[i].iov_len;
+  return length == 0 && !is_kernels(vector, count);
+}
+
 INTERPOSE ssize_t readv(int fd, const struct iovec *vector, int count) {
   SOCKET_OR(fd, REAL(readv)(fd, vector, count));
   REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : vector_error(vector, (size_t)count));
+  if (is_empty(vector, count)) return file_put(f), 0;
   return received(f, vector, count, 0);
 }
 
@@ -146,7 +154,7 @@ INTERPOSE ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
   if (result >= 0) {
     message->msg_namelen = 0;
     message->msg_controllen = 0;
-    message->msg_flags = 0;
+    message->msg_flags = flags & MSG_CMSG_CLOEXEC; /* of which Linux tells, though it gave nothing */
   }
   return result;
 }
@@ -179,6 +187,7 @@ ssize_t __write(int fd, const void *buffer, size_t length) __attribute__((alias(
 INTERPOSE ssize_t writev(int fd, const struct iovec *vector, int count) {
   SOCKET_OR(fd, REAL(writev)(fd, vector, count));
   REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : vector_error(vector, (size_t)count));
+  if (is_empty(vector, count)) return file_put(f), 0;
   return sent(f, vector, count, 0);
 }
 
