@@ -10,7 +10,7 @@ export PYTHONNOUSERSITE = 1
 help:
 	@echo 'make demo    set up, then eight nodes with real programs talking across them'
 	@echo 'make test    set up, then all tests, lint, types and sanitizer builds'
-	@echo 'make soak    stress with ever new seeds, for MINUTES=10'
+	@echo 'make soak    stress, and random socket calls beside the kernel, with ever new seeds, for MINUTES=10'
 	@echo 'make build   set up the virtual environment $(VENV) and (re)install into it'
 	@echo 'make clean   remove what these made'
 
@@ -35,7 +35,7 @@ test: $(VENV)/.ready
 
 MINUTES ?= 10
 soak: build
-	VMMC_SOAK_MINUTES=$(MINUTES) $(VENV)/bin/pytest -s -x --timeout=0 tests/stress
+	VMMC_SOAK_MINUTES=$(MINUTES) $(VENV)/bin/pytest -s -x --timeout=0 tests/stress tests/differential
 
 clean:
 	rm -rf build .tox $(VENV)
