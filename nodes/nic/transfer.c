@@ -14,6 +14,22 @@ static struct packet *say(struct link *link, struct endpoint *e, const struct ow
   return p;
 }
 
+/* The next piece of a transfer, when its memory here may be touched; NULL: the command ended with an error. */
+static struct packet *say_piece(struct link *link, struct endpoint *e, const struct own_command *own, uint8_t type) {
+  const struct vmmc_command *c = &own->command;
+  uint64_t length = c->length - own->moved;
+  if (length > TRANSFER_PIECE) length = TRANSFER_PIECE;
+  int error = utlb_translate(e, c->offset + own->moved, length);
+  if (error) {
+    command_complete(e, c->index, error, 0, 0, 0);
+    return NULL;
+  }
+  struct packet *p = say(link, e, own, type);
+  p->remote = c->remote_offset + own->moved;
+  p->length = (uint32_t)length;
+  return p;
+}
+
 static bool transmit_import(struct endpoint *e, struct own_command *own, struct link *link) {
   own->import.far = (struct packet_end){ 0 };
   struct packet *p = say(link, e, own, PACKET_IMPORT);
@@ -26,19 +42,12 @@ static bool transmit_import(struct endpoint *e, struct own_command *own, struct 
 
 static bool transmit_send(struct endpoint *e, struct own_command *own, struct link *link) {
   const struct vmmc_command *c = &own->command;
-  uint64_t length = c->length - own->moved;
-  if (length > TRANSFER_PIECE) length = TRANSFER_PIECE;
-  int error = utlb_translate(e, c->offset + own->moved, length);
-  if (error) {
-    command_complete(e, c->index, error, 0, 0, 0);
-    return false;
-  }
-  struct packet *p = say(link, e, own, PACKET_SEND);
+  struct packet *p = say_piece(link, e, own, PACKET_SEND);
+  if (!p) return false;
   p->position = c->offset + own->moved;
-  p->remote = c->remote_offset + own->moved;
-  p->length = (uint32_t)length;
   p->total = c->notify_length ? c->notify_length : c->length;
   p->tag = c->tag;
+  uint64_t length = p->length;
   bool last = own->moved + length == c->length;
   p->flags = (uint8_t)((last ? PACKET_LAST : 0) | (c->flags & VMMC_SEND_NOTIFY ? PACKET_NOTIFY : 0) |
                        (c->flags & VMMC_SEND_MORE ? PACKET_MORE : 0));
@@ -52,18 +61,9 @@ static bool transmit_send(struct endpoint *e, struct own_command *own, struct li
 }
 
 static bool transmit_fetch(struct endpoint *e, struct own_command *own, struct link *link) {
-  const struct vmmc_command *c = &own->command;
-  uint64_t length = c->length - own->moved;
-  if (length > TRANSFER_PIECE) length = TRANSFER_PIECE;
-  int error = utlb_translate(e, c->offset + own->moved, length);
-  if (error) {
-    command_complete(e, c->index, error, 0, 0, 0);
-    return false;
-  }
-  struct packet *p = say(link, e, own, PACKET_FETCH);
-  p->remote = c->remote_offset + own->moved;
+  struct packet *p = say_piece(link, e, own, PACKET_FETCH);
+  if (!p) return false;
   p->position = own->moved;
-  p->length = (uint32_t)length;
   link_push(link);
   own->state = COMMAND_ANSWER;
   return false;
