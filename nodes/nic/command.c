@@ -142,10 +142,9 @@ static void imported(struct endpoint *e, struct own_command *own, const struct p
   command_complete(e, index, ENOBUFS, 0, 0, 0);
 }
 
-void command_packet(struct link *link, const struct packet *p) {
+void command_packet(const struct packet *p) {
   struct endpoint *e = endpoint_find(p->to.endpoint, p->to.serial);
   struct own_command *own = e ? &e->own->command[p->command % VMMC_COMMANDS] : NULL;
-  (void)link;
   if (!e || e->dying || own->state == COMMAND_NONE || own->command.index != p->command) {
     COUNT_NODE(packets_dropped, 1);
     return;

@@ -346,7 +346,7 @@ static void answer_connect(struct link *link, const struct packet *p) {
     say_accepted(link, e, slot);
     return;
   }
-  struct binding *b = port_listener(&p->peer, &p->local);
+  struct binding *b = port_listener(&p->peer);
   e = b ? endpoint_find(b->endpoint, b->serial) : NULL;
   if (!e || e->dying) {
     COUNT_NODE(connections_refused, 1);

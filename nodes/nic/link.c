@@ -251,7 +251,7 @@ static void dispatch(struct link *link, const struct packet *p) {
       break;
     case PACKET_RETRY: link_retry(link, 0); break;
     case PACKET_IMPORT: export_answer(link, p); break;
-    case PACKET_IMPORTED: case PACKET_SENT: case PACKET_FETCHED: command_packet(link, p); break;
+    case PACKET_IMPORTED: case PACKET_SENT: case PACKET_FETCHED: command_packet(p); break;
     case PACKET_SEND: transfer_send_arrived(link, p); break;
     case PACKET_FETCH: transfer_fetch_arrived(link, p); break;
     case PACKET_GONE: remote_gone(link->node, p->from.serial); break;

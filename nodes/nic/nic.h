@@ -168,7 +168,7 @@ int port_ephemeral(struct endpoint *e, uint32_t slot, struct vmmc_address *addre
 int port_listen(struct endpoint *e, uint32_t slot);
 void port_release(struct connection *c);
 void ports_recover(void); /* once all endpoints are known */
-struct binding *port_listener(const struct vmmc_address *to, const struct vmmc_address *from);
+struct binding *port_listener(const struct vmmc_address *to);
 
 /* ---- connection.c ---- */
 void connection_look(struct endpoint *e, uint32_t slot); /* the app rang for this slot */
@@ -216,7 +216,7 @@ void commands_recover(struct endpoint *e);
 void command_begin(struct own_command *own); /* its effect is the next store: a successor knows it for its own */
 void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id, uint64_t length,
                       uint32_t permissions);
-void command_packet(struct link *link, const struct packet *p); /* answers to own commands */
+void command_packet(const struct packet *p); /* answers to own commands */
 void command_retell(struct endpoint *e, uint32_t node);
 
 /* ---- export.c ---- */

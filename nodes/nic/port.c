@@ -153,8 +153,7 @@ void port_release(struct connection *c) {
   c->binding = 0;
 }
 
-struct binding *port_listener(const struct vmmc_address *to, const struct vmmc_address *from) {
-  (void)from;
+struct binding *port_listener(const struct vmmc_address *to) {
   struct binding *candidate[64];
   uint32_t count = 0;
   bool exact = false;
