@@ -1,10 +1,15 @@
 /*
  * vmmc_idle.h: how anything here waits: look, poll a little, sleep when it lasts.
  *
+ * Whether polling pays is learnt from the waits before.  A wait that ended within WORTHWHILE although its
+ * thread had gone to sleep would have been shorter with more looks: the budget of looks doubles.  A longer
+ * one polled in vain: the budget falls to a quarter.  So two that play ping-pong poll, and of a hundred that
+ * pass a token around nearly all sleep, as do those that wait by turns for something near and something far.
+ *
  * A poller yields the core between looks.  Where the yield comes back late, somebody else needs the
  * core: a poller then loses a whole time slice at each look, while a sleeper that is woken preempts.
- * So one late yield bans polling for a while, and each further one soon after doubles the ban: a busy
- * machine is asked rarely, and one hiccup of the hypervisor costs a millisecond.
+ * So one late yield bans polling for a while, and each further one soon after makes the ban longer: a busy
+ * machine is asked rarely, and one hiccup of the hypervisor costs a few milliseconds.
  *
  * The figures come from measuring a two-core virtual machine, see docs/performance.md.
  */
@@ -21,18 +26,23 @@
 #include <unistd.h>
 
 enum {
-  VMMC_IDLE_POLLS = 500,         /* looks before sleeping */
-  VMMC_IDLE_PATIENCE_NS = 500000, /* a yield longer than this: the core is contended */
-  VMMC_IDLE_BAN_NS = 1000000,     /* the first ban, doubled up to 2^10 times */
-  VMMC_IDLE_CLEAN = 1000,         /* prompt yields in a row after which the ban shrinks to its first */
+  VMMC_IDLE_WORTHWHILE_NS = 50000, /* a wait that polling could have shortened: twice a wake from deep idleness */
+  VMMC_IDLE_BUDGET_FIRST = 8,      /* looks: the least that is worth beginning with */
+  VMMC_IDLE_BUDGET_MAX = 64,
+  VMMC_IDLE_PATIENCE_NS = 500000,  /* a yield longer than this: the core is contended */
+  VMMC_IDLE_BAN_NS = 8000000,      /* the first ban; each further one is four times as long, up to: */
+  VMMC_IDLE_BAN_MAX_NS = 512000000,
+  VMMC_IDLE_CLEAN = 1000,          /* prompt yields in a row after which the ban shrinks to its first */
 };
 
-/* One waiter's experience with polling: one for a thread (or NIC), kept between waits. */
+/* One waiter's experience with polling: one for a thread (or NIC), kept between waits.  All 0: none yet. */
 struct vmmc_idle {
+  uint64_t began_ns, woken_ns; /* the present wait's first look, the end of its last sleep; 0: none */
   uint64_t banned_until_ns;
-  uint64_t ban_ns;
+  uint32_t ban_ns;
   uint32_t clean;
-  uint32_t polls; /* looks in the present wait */
+  uint32_t budget; /* looks before sleeping */
+  uint32_t polls;  /* looks in the present wait */
 };
 
 static inline uint64_t vmmc_now_ns(void) {
@@ -41,26 +51,41 @@ static inline uint64_t vmmc_now_ns(void) {
   return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Begins a wait: call when there was something to do. */
-static inline void vmmc_idle_reset(struct vmmc_idle *idle) { idle->polls = 0; }
+/* Begins a wait, and learns from the one before. */
+static inline void vmmc_idle_begin(struct vmmc_idle *idle) {
+  if (idle->woken_ns) { /* it slept */
+    if (idle->woken_ns - idle->began_ns > VMMC_IDLE_WORTHWHILE_NS)
+      idle->budget /= 4;
+    else if (idle->budget < VMMC_IDLE_BUDGET_FIRST)
+      idle->budget = VMMC_IDLE_BUDGET_FIRST;
+    else if (idle->budget < VMMC_IDLE_BUDGET_MAX)
+      idle->budget *= 2;
+  }
+  idle->began_ns = idle->woken_ns = 0;
+  idle->polls = 0;
+}
 
-/* Yields once and returns true: look again.  False: it has lasted, or polling is banned: sleep. */
+/* Yields once and returns true: look again.  False: it has lasted, or polling is banned: sleep, and call
+ * vmmc_idle_woken after it. */
 static inline bool vmmc_idle_poll(struct vmmc_idle *idle) {
-  if (idle->polls++ >= VMMC_IDLE_POLLS) return false;
   uint64_t start = vmmc_now_ns();
-  if (start < idle->banned_until_ns) return false;
+  if (!idle->began_ns) idle->began_ns = start;
+  if (idle->woken_ns || idle->polls == idle->budget || start < idle->banned_until_ns) return false;
+  idle->polls++;
   sched_yield();
   uint64_t end = vmmc_now_ns();
   if (end - start > VMMC_IDLE_PATIENCE_NS) {
     if (!idle->ban_ns) idle->ban_ns = VMMC_IDLE_BAN_NS;
     idle->banned_until_ns = end + idle->ban_ns;
     idle->clean = 0;
-    if (idle->ban_ns < (uint64_t)VMMC_IDLE_BAN_NS << 10) idle->ban_ns *= 2;
+    if (idle->ban_ns < VMMC_IDLE_BAN_MAX_NS) idle->ban_ns *= 4;
   } else if (++idle->clean == VMMC_IDLE_CLEAN) {
     idle->ban_ns = VMMC_IDLE_BAN_NS;
   }
   return true;
 }
+
+static inline void vmmc_idle_woken(struct vmmc_idle *idle) { idle->woken_ns = vmmc_now_ns(); }
 
 /* Wakes all who sleep on a word shared between processes.  Works through a read-only mapping too. */
 static inline long vmmc_futex_wake(const _Atomic uint32_t *word) {

@@ -120,10 +120,10 @@ int main(int count, char **argument) {
     done += links_receive();
     done += links_transmit();
     if (done) {
-      vmmc_idle_reset(&idle);
+      vmmc_idle_begin(&idle);
     } else if (!vmmc_idle_poll(&idle)) {
       sleep_until_work(have_work);
-      vmmc_idle_reset(&idle);
+      vmmc_idle_woken(&idle);
     }
   }
   log_event("info", "ending");

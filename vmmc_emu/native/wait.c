@@ -123,7 +123,7 @@ sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void
 int wait_until(const struct wait_word *words, int count, bool (*ready)(void *context), void *context,
                uint64_t deadline_ns, bool timed_call) {
   struct wait_signals since = wait_signals_now();
-  vmmc_idle_reset(&wait_thread.idle);
+  vmmc_idle_begin(&wait_thread.idle);
   for (;;) {
     if (ready(context)) return 0;
     if (wait_interrupted(since, timed_call)) return -EINTR;
@@ -131,6 +131,7 @@ int wait_until(const struct wait_word *words, int count, bool (*ready)(void *con
     if (vmmc_idle_poll(&wait_thread.idle)) continue;
     uint32_t before = atomic_load_explicit(&wait_thread.signals, memory_order_relaxed);
     int result = sleep_once(words, count, ready, context, since, deadline_ns, timed_call);
+    vmmc_idle_woken(&wait_thread.idle);
     /* Where handlers are counted the counts decide; where they are not, the kernel does. */
     if (result == -EINTR && before == atomic_load_explicit(&wait_thread.signals, memory_order_relaxed))
       return ready(context) ? 0 : -EINTR;

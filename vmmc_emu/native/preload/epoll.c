@@ -171,7 +171,7 @@ static int collect(struct instance *set, int epoll_fd, struct epoll_event *event
 static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *events, int room, uint64_t deadline_ns,
                       struct wait_signals since) {
   struct vmmc_idle *idle = &wait_self()->idle;
-  vmmc_idle_reset(idle);
+  vmmc_idle_begin(idle);
   for (unsigned round = 0;; round++) {
     bool kernel = atomic_load_explicit(&set->kernel_members, memory_order_relaxed) > 0;
     bool look = round % KERNEL_LOOK == 0;
@@ -188,7 +188,7 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
     if (vmmc_idle_poll(idle)) continue;
     struct pollfd in_kernel[2] = {{.fd = epoll_fd, .events = POLLIN}};
     set_sleep(set, kernel ? in_kernel : NULL, 1, deadline_ns, since);
-    vmmc_idle_reset(idle);
+    vmmc_idle_woken(idle);
     round = UINT_MAX; /* look at everything */
   }
 }

@@ -117,7 +117,7 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
   struct vmmc_idle *idle = &wait_self()->idle;
   struct instance *set __attribute__((cleanup(scatter))) = NULL; /* also when the thread is cancelled */
   int result = 0;
-  vmmc_idle_reset(idle);
+  vmmc_idle_begin(idle);
   for (unsigned round = 0;; round++) {
     ready = look_at_ours(look);
     if (ready || round % KERNEL_LOOK == 0) {
@@ -142,12 +142,11 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
       }
       /* What changed before the sockets had the set's wake group is seen by one more look. */
       round = UINT_MAX;
-      idle->polls--;
       continue;
     }
     set_sleep(set, look->theirs ? look->kernel : NULL, look->count, deadline_ns, since);
     set_clear_list(set);
-    vmmc_idle_reset(idle);
+    vmmc_idle_woken(idle);
     round = UINT_MAX;
   }
   return result;
