@@ -172,10 +172,11 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
                       struct wait_signals since) {
   struct vmmc_idle *idle = &wait_self()->idle;
   vmmc_idle_begin(idle);
-  for (unsigned round = 0;; round++) {
+  bool everything = deadline_ns == 0;
+  for (unsigned round = 1;; round++) {
     bool kernel = atomic_load_explicit(&set->kernel_members, memory_order_relaxed) > 0;
-    bool look = round % KERNEL_LOOK == 0;
-    if (look || set_stirs(set)) {
+    /* While it polls, what only the kernel has may wait for a few looks; a sleep ends for both sides. */
+    if (everything || round % KERNEL_LOOK == 0 || set_stirs(set)) {
       int count = collect(set, epoll_fd, events, room, true);
       if (count) return count;
     }
@@ -184,12 +185,17 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
       errno = EINTR;
       return -1;
     }
-    if (deadline_ns != WAIT_FOREVER && vmmc_now_ns() >= deadline_ns) return 0;
+    if (deadline_ns != WAIT_FOREVER && vmmc_now_ns() >= deadline_ns) {
+      if (everything) return 0;
+      everything = true;
+      continue;
+    }
+    everything = false;
     if (vmmc_idle_poll(idle)) continue;
     struct pollfd in_kernel[2] = {{.fd = epoll_fd, .events = POLLIN}};
     set_sleep(set, kernel ? in_kernel : NULL, 1, deadline_ns, since);
     vmmc_idle_woken(idle);
-    round = UINT_MAX; /* look at everything */
+    everything = true;
   }
 }
 
