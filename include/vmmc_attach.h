@@ -40,6 +40,7 @@ enum vmmc_control_kind {
   VMMC_CONTROL_DETACH = 3, /* daemon: its process is gone: deliver what was sent, then end it */
   VMMC_CONTROL_GONE = 4,   /* NIC: nothing refers to that endpoint any more: unlink its segments */
   VMMC_CONTROL_READY = 5,  /* NIC: serving */
+  VMMC_CONTROL_WIRE = 6,   /* daemon: a wire is to be like this from now on: struct vmmc_control_wire */
 };
 
 struct vmmc_control {
@@ -47,6 +48,31 @@ struct vmmc_control {
   uint32_t endpoint;
   uint32_t serial;
   int32_t value; /* ATTACH: pid; WAKER: number; READY: NIC's pid */
+};
+
+/*
+ * One direction between two nodes, told to the NIC at its end: faults happen where packets arrive.  All
+ * zero but `kind`, `from` and `up` is a perfect wire, which costs nothing.  The newest message counts; one
+ * that says what is so already changes nothing.  Every random decision is a function of (seed, from, to,
+ * sequence number, attempt) alone.
+ */
+struct vmmc_control_wire {
+  uint32_t kind;          /* VMMC_CONTROL_WIRE */
+  uint32_t from;          /* node at the other end */
+  uint32_t up;            /* 0: nothing gets through */
+  uint32_t loss_ppb;      /* of a milliard packets, how many are lost, */
+  uint32_t corrupt_ppb;   /* have bits flipped, */
+  uint32_t duplicate_ppb; /* come twice, */
+  uint32_t reorder_ppb;   /* are held back so that later ones overtake them */
+  uint32_t limit_packets; /* that may be under way at a time, the next is dropped; 0: no limit */
+  uint64_t delay_ns;      /* from end to end, */
+  uint64_t jitter_ns;     /* more or less by up to so much; order is kept */
+  uint64_t rate_bits_per_s; /* 0: no limit */
+  uint64_t seed;
+  uint64_t unreachable_ns; /* of silence after which the sender gives its peer up; 0: the default */
+  uint64_t stream_packet_ns; /* what the receiver's work costs: for each packet of a stream, and for each */
+  uint64_t stream_redirected_ps_per_byte; /* of its bytes that goes to a posted address, */
+  uint64_t stream_default_ps_per_byte;    /* or to the default buffer and is copied from there, in ps */
 };
 
 #endif

@@ -39,6 +39,11 @@ VMMC_API int vmmc_node_counters(const char *cluster, uint32_t node, struct vmmc_
 VMMC_API int vmmc_endpoint_counters(const char *cluster, uint32_t node, uint32_t serial,
                                     struct vmmc_counter *counters, int most);
 
+/* Those of one direction between two nodes: of the wire at its end, and of the link at its beginning.  Always
+ * the same names; all 0 while the two have not talked. */
+VMMC_API int vmmc_link_counters(const char *cluster, uint32_t from, uint32_t to, struct vmmc_counter *counters,
+                                int most);
+
 struct vmmc_node_info {
   uint32_t node, nodes;
   uint32_t incarnation; /* how many NIC processes have served this node */

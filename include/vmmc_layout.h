@@ -310,6 +310,12 @@ enum { VMMC_UTLB_VALID = 1 };
   X(packets_received, "packets taken from links in order")                          \
   X(packets_resent, "packets transmitted again")                                    \
   X(packets_dropped, "packets dropped: duplicates, corrupt, stale or out of order") \
+  X(wire_dropped, "packets to this node that a wire lost")                          \
+  X(wire_corrupted, "packets to this node in which a wire flipped bits")            \
+  X(wire_duplicated, "packets to this node that a wire doubled")                    \
+  X(wire_reordered, "packets to this node that a wire held back")                   \
+  X(timeouts, "times that a link's retransmission timer ran out")                   \
+  X(peers_given_up, "times that a peer was given up as unreachable")                \
   X(commands_rejected, "commands answered with an error")                           \
   X(utlb_hits, "translations found in the NIC's cache")                             \
   X(utlb_misses, "translations fetched from an endpoint's table")                   \
@@ -336,6 +342,33 @@ struct vmmc_nic_counters {
 };
 struct vmmc_app_counters {
   VMMC_APP_COUNTERS(VMMC_COUNTER_FIELD)
+};
+
+/* One set a link, in the segment of the NIC that counts. */
+#define VMMC_LINK_COUNTERS(X)                                                        \
+  /* of the wire that leads here: what it did */                                     \
+  X(wire_packets, "packets that entered the wire, acknowledgements included")        \
+  X(wire_dropped, "packets that the wire lost")                                      \
+  X(wire_corrupted, "packets in which the wire flipped bits")                        \
+  X(wire_duplicated, "packets that the wire doubled")                                \
+  X(wire_reordered, "packets that the wire held back")                               \
+  X(corrupt_found, "packets refused because their checksum was wrong")               \
+  X(duplicates_found, "packets refused because they were there already")             \
+  /* of the link that leads away */                                                  \
+  X(packets_resent, "packets transmitted again")                                     \
+  X(timeouts, "times the retransmission timer ran out")                              \
+  X(given_up, "times the peer was given up as unreachable")                          \
+  X(round_trip_ns, "round trip, smoothed; 0: not measured")                          \
+  X(timeout_ns, "the retransmission timer's present time; 0: not measured")
+
+struct vmmc_link_counters {
+  VMMC_LINK_COUNTERS(VMMC_COUNTER_FIELD)
+};
+
+/* How the segment link.node<j> begins: for observers.  The rest is the NICs' own. */
+struct vmmc_link_header {
+  uint32_t magic, version; /* writer: the NIC whose node the segment is of */
+  _Alignas(VMMC_LINE) struct vmmc_link_counters counters;
 };
 
 /* ---- headers ------------------------------------------------------------------------------------- */

@@ -24,7 +24,7 @@ from vmmc_emu.nodes.channel import Endpoint, Store
 from vmmc_emu.nodes.messages import Protocol
 from vmmc_emu.nodes.title import set_title
 
-from vmmc_emu import limits, names, paths, processes
+from vmmc_emu import limits, names, paths, processes, wires
 from vmmc_emu.loop import Loop
 
 _SO_PEERPIDFD = 77  # Linux 6.5; not yet in the socket module
@@ -71,6 +71,7 @@ class Daemon:
         self._nic_started = 0.0
         self._nic_failures = 0
         self._nic_ready = False
+        self._wires: dict[int, wires.Wire] = {}  # that lead here, as the NIC was told, by their beginning
 
     def run(self) -> None:
         """Serves the node until SIGTERM."""
@@ -230,7 +231,8 @@ class Daemon:
         channel.send(self._supervisor, what="ready")
 
     def _tell_everything(self) -> None:
-        """Tells the NIC of every endpoint; what it knows already changes nothing."""
+        """Tells the NIC of every wire and endpoint; what it knows already changes nothing."""
+        self._tell_wires(everything=True)
         for endpoint in self._store.endpoints.values():
             self._tell_nic(self._protocol.CONTROL_ATTACH, endpoint, endpoint.pid)
             for number, descriptor in endpoint.wakers.items():
@@ -246,6 +248,19 @@ class Daemon:
         )
         # The waiting copy holds descriptors of its own: the endpoint may be gone before it is sent.
         self._outbox.append((data, tuple(os.dup(descriptor) for descriptor in descriptors)))
+        self._flush()
+
+    def _tell_wires(self, *, everything: bool = False) -> None:
+        """Tells the NIC how wires are to be: those that have changed since it was told last, or all."""
+        present = wires.read(self._place, self._node)
+        for sender, wire in present.items():
+            if not everything and wire == self._wires.get(sender):
+                continue
+            data = self._protocol.control_wire.pack(
+                kind=self._protocol.CONTROL_WIRE, **{"from": sender}, **wire.control()
+            )
+            self._outbox.append((data, ()))
+        self._wires = present
         self._flush()
 
     def _flush(self) -> None:
@@ -478,7 +493,14 @@ class Daemon:
     # ---- the supervisor ----
 
     def _hear_supervisor(self) -> None:
-        """It only ever hangs up: it was killed.  Traffic and attaching go on; `down` still works."""
+        """A wire has changed; or it was killed, then traffic and attaching go on, and `down` still works."""
+        try:
+            received = channel.receive(self._supervisor)
+        except BlockingIOError:
+            return
+        if received is not None:
+            self._tell_wires()
+            return
         self._loop.unwatch(self._supervisor.fileno())
         log(f"{names.node_name(self._node)}: the supervisor is gone; nobody restarts this daemon now")
 

@@ -47,6 +47,7 @@ class Protocol:
         self.attach_request = structures["vmmc_attach_request"]
         self.attach_reply = structures["vmmc_attach_reply"]
         self.control = structures["vmmc_control"]
+        self.control_wire = structures["vmmc_control_wire"]
         constants = {name: int(value) for name, value in re.findall(r"(VMMC_\w+) = (\d+)", text)}
         self.ATTACH = constants["VMMC_ATTACH"]
         self.VISIT = constants["VMMC_VISIT"]
@@ -56,6 +57,7 @@ class Protocol:
         self.CONTROL_DETACH = constants["VMMC_CONTROL_DETACH"]
         self.CONTROL_GONE = constants["VMMC_CONTROL_GONE"]
         self.CONTROL_READY = constants["VMMC_CONTROL_READY"]
+        self.CONTROL_WIRE = constants["VMMC_CONTROL_WIRE"]
         text = native_file("include/vmmc_layout.h").read_text(encoding="utf-8")
         defines = dict(re.findall(r"#define (VMMC_\w+) (0x[0-9a-fA-F]+|\d+)u?\b", text))
         self.MAGIC = int(defines["VMMC_MAGIC"], 0)

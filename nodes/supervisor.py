@@ -31,9 +31,10 @@ from vmmc_emu.nodes.daemon import become_daemon, describe_exit, log
 from vmmc_emu.nodes.messages import Protocol, become_subreaper, segment_sizes
 from vmmc_emu.nodes.title import set_title
 
-from vmmc_emu import lifecycle, names, paths, processes
+from vmmc_emu import lifecycle, names, paths, processes, wires
 from vmmc_emu.errors import ClusterError
 from vmmc_emu.loop import Loop
+from vmmc_emu.wires import Change, Wire
 
 _START_TIMEOUT_S = 60.0
 _DAEMON_YOUNG_S = 1.0
@@ -279,7 +280,12 @@ class Supervisor:
             return
         message, descriptors = received
         try:
-            answer = self._spawn(message["node"], *descriptors)
+            if "wires" in message:
+                answer = self._change_wires([Change.from_json(each) for each in message["wires"]])
+            else:
+                answer = self._spawn(message["node"], *descriptors)
+        except ClusterError as error:
+            answer = {"errno": 0, "message": str(error), "filename": None}
         except OSError as error:
             answer = {"errno": error.errno, "message": error.strerror, "filename": error.filename}
         except (KeyError, TypeError, ValueError, subprocess.SubprocessError) as error:
@@ -288,6 +294,26 @@ class Supervisor:
             for descriptor in descriptors:
                 os.close(descriptor)
         channel.send(connection, **answer)
+
+    # ---- wires ----
+
+    def _change_wires(self, changes: list[Change]) -> dict[str, Any]:
+        """Checks, records and passes on; nothing is changed when one of the changes cannot be."""
+        changed: dict[int, dict[int, Wire]] = {}
+        for change in changes:
+            for sender, receiver in change.pairs(self._count):
+                if receiver not in changed:
+                    changed[receiver] = wires.read(self._place, receiver)
+                before = Wire() if change.reset else changed[receiver].get(sender, Wire())
+                changed[receiver][sender] = Wire.checked(before, change.settings)
+        wires.write(self._place, changed)
+        for receiver in changed:
+            connection = self._nodes[receiver].channel
+            # One that cannot be told now is busy with being told, or will read the file when it starts.
+            if connection is not None:
+                with contextlib.suppress(BlockingIOError):
+                    channel.send(connection, what="wires")
+        return {"wires": sum(len(leading) for leading in changed.values())}
 
     def _spawn(self, node: int, description: int, standard_input: int, output: int) -> dict[str, Any]:
         """Starts a program from its description: JSON in a file, as an environment may be large."""
@@ -331,7 +357,7 @@ def main(cluster: str, nodes: int, runtime: str, owner: int) -> int:
             if old.exists() or wreck.segments():
                 lifecycle.end_processes(wreck)
                 lifecycle.remove_files(wreck)
-        for directory in (place.runtime, place.processes, place.logs):
+        for directory in (place.runtime, place.processes, place.logs, place.wires):
             paths.make_private_directory(directory)
         set_title(f"vmmc-emu: {cluster} supervisor", "vmmc supervisor")
         processes.record(place, os.getpid(), processes.SUPERVISOR, command="supervisor")

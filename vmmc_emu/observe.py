@@ -67,6 +67,23 @@ def counters_explained(cluster: str, node: int) -> list[tuple[str, str, int]]:
     ]
 
 
+def link_counters(cluster: str, sender: int, receiver: int) -> dict[str, int]:
+    """What the wire from one node to another did, and what the link over it had to do, by name."""
+    return {name: value for name, _, value in link_counters_explained(cluster, sender, receiver)}
+
+
+def link_counters_explained(cluster: str, sender: int, receiver: int) -> list[tuple[str, str, int]]:
+    """Name, meaning and value of each of these counters; all 0 while the two nodes have not talked."""
+    found = ffi.new("struct vmmc_counter[]", _COUNTERS_MOST)
+    count = lib.vmmc_link_counters(cluster.encode(), sender, receiver, found, _COUNTERS_MOST)
+    if count < 0:
+        raise _error(cluster, sender)
+    return [
+        (ffi.string(each.name).decode(), ffi.string(each.meaning).decode(), int(each.value))
+        for each in found[0:count]
+    ]
+
+
 def _error(cluster: str, node: int) -> OSError:
     return OSError(
         ffi.errno, f"{node_name(node)} of cluster '{cluster}' cannot be looked at: {os.strerror(ffi.errno)}"

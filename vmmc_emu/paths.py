@@ -36,7 +36,7 @@ class ClusterPaths:
 
     @property
     def control(self) -> Path:
-        """The supervisor's socket: requests to start detached programs."""
+        """The supervisor's socket: requests to start detached programs, and to change wires."""
         return self.runtime / "control.sock"
 
     @property
@@ -48,6 +48,15 @@ class ClusterPaths:
     def logs(self) -> Path:
         """One file a daemon, NIC and detached program."""
         return self.runtime / "log"
+
+    @property
+    def wires(self) -> Path:
+        """One file a node: the wires that lead to it and are not perfect (see vmmc_emu.wires)."""
+        return self.runtime / "wires"
+
+    def wires_of(self, node: int) -> Path:
+        """That of one node."""
+        return self.wires / f"{node_name(node)}.json"
 
     def socket(self, node: int) -> Path:
         """The socket on which a node's daemon attaches programs."""

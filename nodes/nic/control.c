@@ -34,8 +34,14 @@ void control_say(uint32_t kind, uint32_t endpoint, uint32_t serial, int32_t valu
     log_event("warning", "telling the daemon (kind %u, endpoint %u): %s", kind, endpoint, strerror(errno));
 }
 
+union message {
+  uint32_t kind; /* how each begins */
+  struct vmmc_control control;
+  struct vmmc_control_wire wire;
+};
+
 /* One message; the descriptor that came with it in *fd, -1 none.  False: nothing there. */
-static bool control_receive(struct vmmc_control *message, int *fd) {
+static bool control_receive(union message *message, int *fd) {
   union {
     char bytes[CMSG_SPACE(sizeof(int))];
     struct cmsghdr align;
@@ -48,7 +54,8 @@ static bool control_receive(struct vmmc_control *message, int *fd) {
   if (n < 0) return false;
   struct cmsghdr *c = CMSG_FIRSTHDR(&header);
   if (c && c->cmsg_type == SCM_RIGHTS) memcpy(fd, CMSG_DATA(c), sizeof *fd);
-  if (n == sizeof *message) return true;
+  if (n >= (ssize_t)sizeof message->kind)
+    return n == (ssize_t)(message->kind == VMMC_CONTROL_WIRE ? sizeof message->wire : sizeof message->control);
   if (n == 0) { /* the daemon is gone: work goes on, without control */
     log_event("warning", "the daemon hung up; traffic goes on");
     close(nic.control_fd);
@@ -59,12 +66,14 @@ static bool control_receive(struct vmmc_control *message, int *fd) {
 
 int control_work(void) {
   int done = 0, fd;
-  struct vmmc_control m;
+  union message message;
   if (!pending || nic.control_fd < 0) return 0;
   pending = 0;
-  while (nic.control_fd >= 0 && control_receive(&m, &fd)) {
+  while (nic.control_fd >= 0 && control_receive(&message, &fd)) {
+    const struct vmmc_control m = message.control;
     done++;
     switch (m.kind) {
+      case VMMC_CONTROL_WIRE: wire_set(&message.wire); break;
       case VMMC_CONTROL_ATTACH: endpoint_attach(m.endpoint, m.serial, m.value); break;
       case VMMC_CONTROL_DETACH: endpoint_detach(m.endpoint, m.serial); break;
       case VMMC_CONTROL_WAKER:

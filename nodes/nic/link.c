@@ -10,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/mman.h>
 
 #include "nic.h"
 
@@ -77,10 +76,10 @@ struct link *link_to(uint32_t node) {
     return NULL;
   }
   munmap(in, sizeof *in); /* the peer's to write; link_opened maps it to read */
-  if (link->out->magic != VMMC_MAGIC) {
-    link->out->version = VMMC_LAYOUT_VERSION;
+  if (link->out->header.magic != VMMC_MAGIC) {
+    link->out->header.version = VMMC_LAYOUT_VERSION;
     atomic_store_explicit(&link->out->want_room, UINT64_MAX, memory_order_relaxed);
-    link->out->magic = VMMC_MAGIC;
+    link->out->header.magic = VMMC_MAGIC;
   }
   link->tail = atomic_load_explicit(&link->out->tail, memory_order_relaxed);
   link->taken = atomic_load_explicit(&link->out->taken, memory_order_relaxed);
@@ -102,7 +101,7 @@ static bool link_opened(struct link *link) {
   char what[32];
   snprintf(what, sizeof what, "link.node%u", nic.node);
   const struct link_queue *in = segment_map(link->node, what, sizeof *in, false, NULL);
-  if (in && in->magic == VMMC_MAGIC) link->in = in;
+  if (in && in->header.magic == VMMC_MAGIC) link->in = in;
   return link->in != NULL;
 }
 

@@ -63,7 +63,7 @@ static int parse(int count, char **argument) {
   return control;
 }
 
-static void *map_own(const char *what, uint64_t bytes, uint64_t committed) {
+static void *map_own(const char *what, uint64_t bytes, uint64_t committed, int *fd_out) {
   int fd;
   void *base = segment_map(nic.node, what, bytes, true, &fd);
   if (!base) {
@@ -71,14 +71,18 @@ static void *map_own(const char *what, uint64_t bytes, uint64_t committed) {
     exit(1);
   }
   if (!segment_commit(fd, 0, committed)) exit(1);
-  close(fd);
+  if (fd_out)
+    *fd_out = fd;
+  else
+    close(fd);
   return base;
 }
 
 static void take_over(void) {
-  nic.door = map_own("door", sizeof *nic.door, sizeof *nic.door);
-  nic.state = map_own("state", STATE_BYTES, offsetof(struct node_state, binding) + 64 * sizeof(struct binding));
-  nic.pub = map_own("pub", sizeof *nic.pub, sizeof *nic.pub);
+  nic.door = map_own("door", sizeof *nic.door, sizeof *nic.door, NULL);
+  nic.state = map_own("state", STATE_BYTES, offsetof(struct node_state, binding) + 64 * sizeof(struct binding),
+                      &nic.state_fd);
+  nic.pub = map_own("pub", sizeof *nic.pub, sizeof *nic.pub, NULL);
   struct vmmc_pub *pub = nic.pub;
   pub->version = VMMC_LAYOUT_VERSION;
   pub->node = nic.node;

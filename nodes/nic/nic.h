@@ -15,6 +15,7 @@
  *   utlb.c        translations of programs' pages
  *   dma.c         the copy itself, which survives memory that is not there
  *   link.c        the ordered channel to another NIC
+ *   wire.c        what the link runs over, and the faults that people set
  *   packet.h      what travels on it
  *   wake.c        waking programs
  *   sleep.c       sleeping until somebody rings
@@ -96,6 +97,7 @@ struct nic {
   struct vmmc_pub *pub;
   struct vmmc_door *door;
   struct node_state *state;
+  int state_fd; /* to commit pages */
   struct endpoint *endpoint[VMMC_ENDPOINTS_MAX]; /* by index */
   uint32_t live[VMMC_ENDPOINTS_MAX];             /* indices in use, dense */
   uint32_t live_count;
@@ -255,6 +257,9 @@ bool links_have_work(void);
 void links_recover(void);
 uint32_t link_node(const struct link *link);
 void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot); /* until RETRY comes */
+
+/* ---- wire.c ---- */
+void wire_set(const struct vmmc_control_wire *settings); /* the daemon's: from now on */
 
 /* ---- wake.c: call after the state that matters is stored ---- */
 enum { WAKE_READERS = 1, WAKE_WRITERS = 2, WAKE_BOTH = 3 };

@@ -10,6 +10,7 @@
 #define NIC_OWN_H
 
 #include "packet.h"
+#include "vmmc_attach.h"
 #include "vmmc_layout.h"
 
 enum connection_state {
@@ -150,12 +151,13 @@ struct node_state {
   uint32_t round_robin;  /* among listeners that share a port */
   uint32_t bucket[PORT_BUCKETS]; /* index + 1 of the first binding whose port is this, mod PORT_BUCKETS */
   struct binding binding[BINDINGS];
+  struct vmmc_control_wire wire[VMMC_NODES_MAX]; /* that leads here from each node; kind 0: never told of */
 };
 
 /* The queue of packets to one peer.  Writer: the sending NIC; mapped read-only by the peer's. */
 enum { LINK_PACKETS = 256 };
 struct link_queue {
-  uint32_t magic, version;
+  struct vmmc_link_header header;
   _Alignas(VMMC_LINE) _Atomic uint64_t tail;      /* packets published */
   _Alignas(VMMC_LINE) _Atomic uint64_t taken;     /* packets of the opposite queue that were handled */
   _Alignas(VMMC_LINE) _Atomic uint64_t want_room; /* ring me when you have taken this many; ~0: no */

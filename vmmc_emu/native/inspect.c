@@ -164,6 +164,40 @@ int vmmc_endpoint_counters(const char *cluster, uint32_t node, uint32_t serial, 
   return counters_fill(values, counters, most);
 }
 
+/* What one NIC counts of its link with a peer; false: there is no such link (yet). */
+static bool link_counters_read(const char *cluster, uint32_t node, uint32_t peer, struct vmmc_link_counters *found) {
+  char what[32];
+  snprintf(what, sizeof what, "link.node%u", peer);
+  int fd = segment_open(cluster, node, what);
+  if (fd < 0) return false;
+  struct vmmc_link_header header;
+  bool whole = segment_read(fd, 0, &header, sizeof header) && header.magic == VMMC_MAGIC;
+  close(fd);
+  if (whole) *found = header.counters;
+  return whole;
+}
+
+int vmmc_link_counters(const char *cluster, uint32_t from, uint32_t to, struct vmmc_counter *counters, int most) {
+  struct vmmc_pub pub;
+  if (!pub_read(cluster, from, &pub) || !pub_read(cluster, to, &pub)) return -1;
+  struct vmmc_link_counters sender = {0}, receiver = {0};
+  link_counters_read(cluster, from, to, &sender);
+  link_counters_read(cluster, to, from, &receiver);
+  const struct {
+    const char *name, *meaning;
+    uint64_t sender, receiver;
+  } each[] = {
+#define BOTH(name, meaning) {#name, meaning, sender.name, receiver.name},
+      VMMC_LINK_COUNTERS(BOTH)
+#undef BOTH
+  };
+  const int count = (int)(sizeof each / sizeof *each);
+  const size_t link = offsetof(struct vmmc_link_counters, packets_resent) / sizeof(uint64_t);
+  for (int i = 0; i < count && i < most; i++)
+    counters[i] = (struct vmmc_counter){each[i].name, each[i].meaning, (size_t)i < link ? each[i].receiver : each[i].sender};
+  return count;
+}
+
 /* ---- nodes and endpoints ---- */
 
 int vmmc_node_info(const char *cluster, uint32_t node, struct vmmc_node_info *info) {
