@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from vmmc_emu import lifecycle, names, paths
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from vmmc_emu.terminal import byte_count, duration, explained, show_json, show_lines, table
 
 # Colours of nodes, in turn: those that are readable on dark and on light terminals.
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", "bright_magenta")
@@ -24,10 +20,14 @@ _COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", 
 # Commands that live in modules of their own, loaded when they are used.
 _ELSEWHERE = {
     "bench": ("vmmc_emu.bench_cli", "bench", "Measure: programs under VMMC beside the kernel's TCP."),
+    "link": ("vmmc_emu.link_cli", "link", "Lose, damage, delay or cut what goes from node to node."),
+    "partition": ("vmmc_emu.link_cli", "partition", "Split the cluster into groups of nodes."),
+    "heal": ("vmmc_emu.link_cli", "heal", "Mend every link that is down."),
     "demo": ("vmmc_emu.demo_cli", "demo", "Show what this is for, on a cluster of its own."),
 }
 
-_ORDER = ("up", "status", "run", "ps", "logs", "stats", "down", "demo", "bench", "doctor", "completion")
+_ORDER = ("up", "status", "run", "ps", "logs", "stats", "link", "partition", "heal", "down", "demo", "bench",
+          "doctor", "completion")  # fmt: skip
 
 
 class _Commands(click.Group):
@@ -72,73 +72,17 @@ def _complete_node(context: click.Context, _parameter: click.Parameter, begun: s
     return [CompletionItem(str(node)) for node in range(count) if str(node).startswith(begun)]
 
 
-def _explained(function: Callable[P, T]) -> Callable[P, T]:
-    """Errors that a person can do something about become one line on standard error, and status 1."""
-
-    @wraps(function)
-    def wrapper(*arguments: P.args, **keywords: P.kwargs) -> T:
-        try:
-            return function(*arguments, **keywords)
-        except BrokenPipeError:
-            # Whoever reads our output has had enough (| head): nothing to complain about.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.exit(141)
-        except OSError as error:
-            if error.filename is not None:
-                raise click.ClickException(f"{error.filename}: {error.strerror}") from None
-            raise click.ClickException(str(error.strerror or error)) from None
-
-    return wrapper
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> Iterator[str]:
-    """Columns as wide as they need to be; the last as it comes."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(line[i]) for line in [list(head), *cells]) for i in range(len(head))]
-    numbers = set(right)
-
-    def line(row: Sequence[str]) -> str:
-        parts = [
-            cell.rjust(width) if i in numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(parts).rstrip()
-
-    yield click.style(line(list(head)), bold=True)
-    yield from map(line, cells)
-
-
-def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(line)
-
-
-def _json(data: object) -> None:
-    click.echo(json.dumps(data, indent=2))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.0f} s"
-
-
-def _bytes(count: int) -> str:
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1000:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
-
-
 def _command(cluster: str) -> str:
     return "vmmc-emu" if cluster == names.DEFAULT_CLUSTER else f"vmmc-emu --cluster {cluster}"
+
+
+def _complete_profile(
+    _context: click.Context, _parameter: click.Parameter, begun: str
+) -> list[CompletionItem]:
+    from vmmc_emu import links  # noqa: PLC0415  other commands start faster without
+
+    found = [CompletionItem(name) for name in links.shipped_profiles() if name.startswith(begun)]
+    return [*found, CompletionItem(begun, type="file")]
 
 
 # ---- the command itself ----
@@ -153,7 +97,7 @@ def _command(cluster: str) -> str:
 )  # fmt: skip
 @click.version_option(package_name="vmmc-emu", prog_name="vmmc-emu")
 @click.pass_context
-@_explained
+@explained
 def main(context: click.Context, cluster: str | None) -> None:
     """A PC cluster with a user-level network (VMMC), emulated on this machine, without root.
 
@@ -176,9 +120,13 @@ def main(context: click.Context, cluster: str | None) -> None:
 @click.option(
     "--nodes", type=int, default=names.NODES_DEFAULT, show_default=True, help="How many, 1 to 1024."
 )
+@click.option(
+    "--profile", metavar="NAME|FILE", shell_complete=_complete_profile,
+    help="How links are from the start: perfect, lan-1gbit, wan, myrinet-1997, or a file.",
+)  # fmt: skip
 @click.pass_obj
-@_explained
-def up(place: paths.ClusterPaths, nodes: int) -> None:
+@explained
+def up(place: paths.ClusterPaths, nodes: int, profile: str | None) -> None:
     """Start a cluster in the background.
 
     Returns when every node is ready.
@@ -186,10 +134,11 @@ def up(place: paths.ClusterPaths, nodes: int) -> None:
     \b
       vmmc-emu up
       vmmc-emu --cluster other up --nodes 64
+      vmmc-emu up --nodes 4 --profile wan
     """
-    lifecycle.start(place, nodes)
+    lifecycle.start(place, nodes, profile=profile)
     status = lifecycle.status(place)
-    _print(_node_table(status, with_state=False))
+    show_lines(_node_table(status, with_state=False))
     command = _command(place.cluster)
     last = nodes - 1
     click.echo(
@@ -213,13 +162,13 @@ def _node_table(status: dict[str, Any], *, with_state: bool) -> Iterator[str]:
         ]
         for node in status["nodes"]
     ]
-    return _table(head, rows, right=(len(head) - 2, len(head) - 1))
+    return table(head, rows, right=(len(head) - 2, len(head) - 1))
 
 
 @main.command()
 @click.option("--all", "every", is_flag=True, help="Every cluster of this user.")
 @click.pass_obj
-@_explained
+@explained
 def down(place: paths.ClusterPaths, every: bool) -> None:
     """End a cluster and remove every trace of it.
 
@@ -237,21 +186,21 @@ def down(place: paths.ClusterPaths, every: bool) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
-@_explained
+@explained
 def status(place: paths.ClusterPaths, as_json: bool) -> None:
     """Show the nodes: addresses, processes, state."""
     found = lifecycle.status(place)
     if as_json:
-        _json(found)
+        show_json(found)
         return
-    click.echo(f"Cluster '{place.cluster}': {found['state']}, started {_duration(found['uptime_s'])} ago")
+    click.echo(f"Cluster '{place.cluster}': {found['state']}, started {duration(found['uptime_s'])} ago")
     if found["state"] == "down":
         click.echo(f"All its processes were killed; `{_command(place.cluster)} down` removes what is left.")
     if found["state"] == "unsupervised":
         click.echo(
             "Its supervisor was killed: traffic goes on, but daemons that die stay dead until down and up."
         )
-    _print(_node_table(found, with_state=True))
+    show_lines(_node_table(found, with_state=True))
 
 
 # ---- programs ----
@@ -276,7 +225,7 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
     "command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- PROGRAM [ARGUMENTS]..."
 )
 @click.pass_obj
-@_explained
+@explained
 def run(
     place: paths.ClusterPaths,
     nodes: tuple[str, ...],
@@ -384,7 +333,7 @@ def _line_writer(width: int) -> Callable[[int, bytes, bool], None]:
 )
 @click.option("--follow", "-f", is_flag=True, help="Go on with what is added, until Ctrl-C.")
 @click.pass_obj
-@_explained
+@explained
 def logs(place: paths.ClusterPaths, nodes: tuple[str, ...], follow: bool) -> None:
     """Show what detached programs, daemons and NICs have written."""
     from vmmc_emu import follow as following  # noqa: PLC0415
@@ -394,19 +343,19 @@ def logs(place: paths.ClusterPaths, nodes: tuple[str, ...], follow: bool) -> Non
     chosen = set(names.node_set(nodes, count)) if nodes else None
     if follow:
         try:
-            _print(following.follow(place, chosen))
+            show_lines(following.follow(place, chosen))
         except KeyboardInterrupt:
             sys.exit(130)
         return
     for log in observe.logs(place, chosen):
-        _print(observe.log_lines(log))
+        show_lines(observe.log_lines(log))
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--sockets", is_flag=True, help="Every VMMC socket, as `ss` would show it.")
 @click.pass_obj
-@_explained
+@explained
 def ps(place: paths.ClusterPaths, as_json: bool, sockets: bool) -> None:
     """Show the programs on the nodes, or their sockets."""
     from vmmc_emu import observe  # noqa: PLC0415
@@ -414,21 +363,21 @@ def ps(place: paths.ClusterPaths, as_json: bool, sockets: bool) -> None:
     count = lifecycle.describe(place).nodes
     found = observe.programs(place, count, with_sockets=sockets)
     if as_json:
-        _json({"cluster": place.cluster, "programs": found})
+        show_json({"cluster": place.cluster, "programs": found})
         return
     if not sockets:
         rows = [
             [
                 each["node"],
                 each["pid"],
-                _bytes(each["memory_bytes"]),
+                byte_count(each["memory_bytes"]),
                 f"{each['cpu_percent']:.1f}",
                 f"{each['cpu_s']:.2f} s",
                 each["command"],
             ]
             for each in found
         ]  # fmt: skip
-        _print(_table(["NODE", "PID", "MEMORY", "CPU%", "CPU", "COMMAND"], rows, right=(1, 2, 3, 4)))
+        show_lines(table(["NODE", "PID", "MEMORY", "CPU%", "CPU", "COMMAND"], rows, right=(1, 2, 3, 4)))
         return
     rows = [
         [
@@ -439,7 +388,7 @@ def ps(place: paths.ClusterPaths, as_json: bool, sockets: bool) -> None:
         for each in found
         for socket in each["sockets"]
     ]  # fmt: skip
-    _print(_table(["NODE", "STATE", "RECV-Q", "SEND-Q", "LOCAL", "PEER", "PROGRAM"], rows, right=(2, 3)))
+    show_lines(table(["NODE", "STATE", "RECV-Q", "SEND-Q", "LOCAL", "PEER", "PROGRAM"], rows, right=(2, 3)))
 
 
 def _program_name(command: str) -> str:
@@ -453,7 +402,7 @@ def _program_name(command: str) -> str:
 )
 @click.option("--explain", is_flag=True, help="Say what each counter counts.")
 @click.pass_obj
-@_explained
+@explained
 def stats(place: paths.ClusterPaths, as_json: bool, nodes: tuple[str, ...], explain: bool) -> None:
     """Show the counters of NICs and programs.
 
@@ -469,7 +418,7 @@ def stats(place: paths.ClusterPaths, as_json: bool, nodes: tuple[str, ...], expl
             names.node_name(node): {name: value for name, _, value in each}
             for node, each in explained.items()
         }
-        _json({"cluster": place.cluster, "nodes": found})
+        show_json({"cluster": place.cluster, "nodes": found})
         return
     meanings = explained[chosen[0]]
     head = ["COUNTER", *map(names.node_name, chosen), *(["MEANING"] if explain else [])]
@@ -477,14 +426,14 @@ def stats(place: paths.ClusterPaths, as_json: bool, nodes: tuple[str, ...], expl
         [name, *(explained[node][i][2] for node in chosen), *([meaning] if explain else [])]
         for i, (name, meaning, _) in enumerate(meanings)
     ]
-    _print(_table(head, rows, right=range(1, len(chosen) + 1)))
+    show_lines(table(head, rows, right=range(1, len(chosen) + 1)))
 
 
 # ---- the machine ----
 
 
 @main.command()
-@_explained
+@explained
 def doctor() -> None:
     """Check what this machine must offer, and say how to mend what is missing."""
     from vmmc_emu import limits  # noqa: PLC0415

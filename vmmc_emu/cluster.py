@@ -24,14 +24,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import cloudpickle
 
-from vmmc_emu import lifecycle, observe, paths, processes, programs
+from vmmc_emu import lifecycle, links, observe, paths, processes, programs
 from vmmc_emu.errors import ClusterError
 from vmmc_emu.names import NODES_DEFAULT, default_cluster, node_address, node_address6, node_index, node_name
 from vmmc_emu.observe import Socket
@@ -47,10 +47,13 @@ _LOOK_FIRST_S, _LOOK_LAST_S = 0.002, 0.05  # between looks at the socket table: 
 class Cluster:
     """A cluster: started by `start` or `with`, or one that is up already (`Cluster.running`)."""
 
-    def __init__(self, nodes: int = NODES_DEFAULT, name: str | None = None) -> None:
+    def __init__(
+        self, nodes: int = NODES_DEFAULT, name: str | None = None, *, profile: str | None = None
+    ) -> None:
         self.name = name or f"py-{os.getpid()}-{secrets.token_hex(4)}"
         self._place = paths.cluster_paths(self.name)
         self._count = nodes
+        self._profile = profile  # of its links: a name or a file
         self._supervisor = 0  # pid, when we started it
         self._is_found = False  # it was up before
         self._relays: dict[int, socket.socket] = {}
@@ -71,7 +74,7 @@ class Cluster:
 
     def start(self) -> Cluster:
         """Starts it, and returns it when every node is ready."""
-        self._supervisor = lifecycle.start(self._place, self._count, owned=True)
+        self._supervisor = lifecycle.start(self._place, self._count, owned=True, profile=self._profile)
         return self
 
     def stop(self) -> None:
@@ -112,6 +115,20 @@ class Cluster:
     def nodes(self) -> list[Node]:
         """All nodes, in order."""
         return [Node(self, index) for index in range(self._count)]
+
+    # ---- links ----
+
+    def link(self, a: int | str, b: int | str) -> links.Link:
+        """The link between two nodes: what it loses, delays, cuts can be set."""
+        return links.Link(self._place, node_index(a, self._count), node_index(b, self._count))
+
+    def partition(self, *groups: str | Iterable[int | str]) -> None:
+        """Splits the cluster, as in `partition([0, 1], [2, 3])`; nodes not named are one more group."""
+        links.partition(self._place, links.groups_of(groups, self._count))
+
+    def heal(self) -> None:
+        """Mends every link that is down; other settings stay."""
+        links.heal(self._place)
 
     @property
     def place(self) -> paths.ClusterPaths:

@@ -17,12 +17,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmmc_emu import limits, paths, processes
 from vmmc_emu.errors import ClusterError
 from vmmc_emu.names import check_node_count, node_address, node_address6, node_name
 from vmmc_emu.paths import ClusterPaths
+
+if TYPE_CHECKING:
+    from vmmc_emu.wires import Change
 
 START_TIMEOUT_S = 120.0
 
@@ -77,12 +80,13 @@ def _how_to_start(cluster: str) -> str:
 # ---- starting ----
 
 
-def start(place: ClusterPaths, nodes: int, *, owned: bool = False) -> int:
+def start(place: ClusterPaths, nodes: int, *, owned: bool = False, profile: str | None = None) -> int:
     """Starts a cluster and returns its supervisor's pid when every node is ready.
 
-    owned: it ends when this process does, however this process ends.
+    owned: it ends when this process does, however this process ends.  profile: see `links.profile`.
     """
     check_node_count(nodes)
+    changes = _changes_of(profile, nodes) if profile else []
     if paths.lock_is_held(place):
         raise ClusterError(already_up(place))
     paths.check_socket_paths(place, nodes)
@@ -114,10 +118,24 @@ def start(place: ClusterPaths, nodes: int, *, owned: bool = False) -> int:
     with open(report, "rb") as file:
         answer = _read_answer(file.fileno())
     if answer.get("ready"):
+        if changes:
+            _change_wires(place, changes)
         return pid
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
     raise ClusterError(answer["error"])
+
+
+def _changes_of(profile: str, nodes: int) -> list[Change]:
+    from vmmc_emu import links  # noqa: PLC0415  most clusters need none of it
+
+    return links.profile(profile).changes(nodes)
+
+
+def _change_wires(place: ClusterPaths, changes: list[Change]) -> None:
+    from vmmc_emu import wires  # noqa: PLC0415
+
+    wires.change(place, changes)
 
 
 def already_up(place: ClusterPaths) -> str:

@@ -67,7 +67,7 @@ class Wire:
         wire = dataclasses.replace(before, **settings)
         if wire.jitter_ns > wire.delay_ns:
             raise ClusterError(
-                f"jitter_ns ({wire.jitter_ns}) cannot be more than delay_ns ({wire.delay_ns}):"
+                f"jitter (here {wire.jitter_ns} ns) cannot be more than the delay (here {wire.delay_ns} ns):"
                 " no packet arrives before it is sent"
             )
         return wire

@@ -32,7 +32,7 @@ def test_a_change_concerns_the_named_pairs_and_settings_alone(eight_nodes: Clust
         ({"corrupt": -0.1}, ("corrupt", "-0.1")),
         ({"duplicate": "1%"}, ("duplicate", "'1%'")),
         ({"delay_ns": 0.5}, ("delay_ns", "0.5")),
-        ({"jitter_ns": 5}, ("jitter_ns", "5", "delay_ns")),
+        ({"jitter_ns": 5}, ("jitter", "5 ns", "delay")),
         ({"up": 3}, ("up", "True or False", "3")),
         ({"losses": 0.1}, ("losses", "loss")),
     ],

@@ -1,0 +1,165 @@
+"""Links as people set them: the command line, the Python API, profiles, partitions."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmmc_emu import Cluster, wires
+from vmmc_emu.errors import ClusterError
+from vmmc_emu.wires import Wire
+
+MS = 1_000_000
+
+
+def _run(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "vmmc_emu.cli", "--cluster", cluster.name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def _done(cluster: Cluster, *arguments: str) -> str:
+    done = _run(cluster, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def cluster(eight_nodes: Cluster) -> Iterator[Cluster]:
+    """A cluster of eight whose links are perfect before and after."""
+    yield eight_nodes
+    wires.change(eight_nodes.place, [wires.Change(range(8), range(8), {}, reset=True)])
+
+
+def test_link_set_takes_the_words_of_netem(cluster: Cluster) -> None:
+    """Both directions at once, what is not named stays, and what is shown can be set again."""
+    words = ["loss", "1%", "corrupt", "0.1%", "duplicate", "2%", "reorder", "5%", "delay", "2ms", "jitter"]
+    said = _done(cluster, "link", "set", "node0", "1", *words, "500us", "rate", "100mbit", "limit", "1000")
+    expected = Wire(
+        loss=0.01, corrupt=0.001, duplicate=0.02, reorder=0.05, delay_ns=2 * MS, jitter_ns=MS // 2,
+        rate_bits_per_s=100_000_000, limit_packets=1000,
+    )  # fmt: skip
+    assert wires.present(cluster.place) == {(0, 1): expected, (1, 0): expected}
+    shown = said.partition(": ")[2].split()
+    _done(cluster, "link", "reset", "0", "1")
+    assert wires.present(cluster.place) == {}
+    _done(cluster, "link", "set", "0", "1", *shown)
+    assert wires.present(cluster.place)[1, 0] == expected
+    _done(cluster, "link", "set", "--one-way", "0", "1", "--seed", "7", "loss", "0%")
+    assert wires.present(cluster.place)[0, 1] == Wire.checked(expected, {"loss": 0, "seed": 7})
+    assert wires.present(cluster.place)[1, 0] == expected
+
+
+def test_all_links_one_link_and_a_cut_link(cluster: Cluster) -> None:
+    """`--all`, `down`, `up`, `show --json` and `reset`."""
+    assert "every link: delay 1ms" in _done(cluster, "link", "set", "--all", "delay", "1ms")
+    assert len(wires.present(cluster.place)) == 8 * 7
+    assert "node2 ↔ node3: down delay 1ms" in _done(cluster, "link", "down", "2", "3")
+    found = json.loads(_done(cluster, "link", "show", "3", "2", "--json"))
+    assert [(each["from"], each["to"], each["settings"]["up"]) for each in found] == [
+        ("node3", "node2", False), ("node2", "node3", False),
+    ]  # fmt: skip
+    assert found[0]["counters"]["wire_dropped"] == 0
+    assert "node2 ↔ node3: delay 1ms" in _done(cluster, "link", "up", "2", "3")
+    _done(cluster, "link", "reset")
+    assert "perfect" in _done(cluster, "link", "show")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["0", "1", "loss", "101%"], ["loss", "'101%'", "0% to 100%"]),
+        (["0", "1", "loss", "0.01"], ["loss", "'0.01'", "percent"]),
+        (["0", "1", "delay", "3"], ["delay", "'3'", "ms"]),
+        (["0", "1", "delay", "61s"], ["delay", "61000000000", "0 to 60000000000"]),
+        (["0", "1", "rate", "fast"], ["rate", "'fast'", "mbit"]),
+        (["0", "1", "limit", "many"], ["limit", "'many'"]),
+        (["0", "1", "loss"], ["loss", "needs a value"]),
+        (["0", "1", "loss", "1%", "loss", "2%"], ["loss", "twice"]),
+        (["0", "1", "lost", "1%"], ["'lost'", "loss"]),
+        (["0", "1"], ["say what to set"]),
+        (["0"], ["two nodes"]),
+        (["0", "8", "loss", "1%"], ["node8", "node7"]),
+        (["1", "node1", "loss", "1%"], ["itself"]),
+    ],
+)
+def test_what_cannot_be_is_said_and_changes_nothing(
+    cluster: Cluster, arguments: list[str], words: list[str]
+) -> None:
+    """The value and its range, in one line."""
+    done = _run(cluster, "link", "set", *arguments)
+    assert done.returncode != 0
+    for word in words:
+        assert word in done.stderr
+    assert wires.present(cluster.place) == {}
+
+
+def test_links_from_python(cluster: Cluster) -> None:
+    """Numbers are probabilities, seconds and bits a second; text has units."""
+    link = cluster.link(0, "node1")
+    link.set(loss=0.25, delay=0.002, rate="1gbit").set(one_way=True, jitter="1ms")
+    base = Wire(loss=0.25, delay_ns=2 * MS, rate_bits_per_s=10**9)
+    assert link.wires() == {(0, 1): Wire.checked(base, {"jitter_ns": MS}), (1, 0): base}
+    link.down(one_way=True)
+    assert [wire.up for wire in link.wires().values()] == [False, True]
+    assert link.up().reset().wires() == {(0, 1): Wire(), (1, 0): Wire()}
+    assert link.counters()[1, 0]["packets_resent"] == 0
+    for settings, words in ({"loss": 2}, "loss.*2"), ({"speed": 1}, "speed.*rate"), ({"loss": True}, "loss"):
+        with pytest.raises(ClusterError, match=words):
+            link.set(**settings)
+    with pytest.raises(ClusterError, match="itself"):
+        cluster.link(3, 3)
+
+
+def test_a_partition_and_its_end(cluster: Cluster) -> None:
+    """Between groups nothing gets through, and heal leaves other settings as they are."""
+    cluster.link(0, 1).set(loss="1%")
+    assert _done(cluster, "partition", "{0,1,2}", "3-7") == "{0,1,2} | {3,4,5,6,7}\n"
+    cut = {pair for pair, wire in wires.present(cluster.place).items() if not wire.up}
+    assert cut == {(a, b) for a in range(8) for b in range(8) if (a < 3) != (b < 3)}
+    cluster.partition([0, "node7"])  # the others are the other side
+    cut = {pair for pair, wire in wires.present(cluster.place).items() if not wire.up}
+    assert cut == {(a, b) for a in range(8) for b in range(8) if (a in (0, 7)) != (b in (0, 7))}
+    _done(cluster, "heal")
+    assert wires.present(cluster.place) == {(0, 1): Wire(loss=0.01), (1, 0): Wire(loss=0.01)}
+    for groups, words in ((["0-7"], "two groups"), (["0-3", "3-7"], "node3"), (["0-8"], "node8")):
+        done = _run(cluster, "partition", *groups)
+        assert done.returncode != 0
+        assert words in done.stderr
+
+
+def test_profiles(tmp_path: Path) -> None:
+    """A shipped one by name, a file with exceptions, and errors that say where."""
+    name = f"test-{secrets.token_hex(6)}"
+    with Cluster(nodes=2, name=name, profile="wan") as cluster:
+        assert wires.present(cluster.place)[1, 0].delay_ns == 20 * MS
+    file = tmp_path / "mine.toml"
+    file.write_text('[all]\ndelay = "1ms"\n[[link]]\nbetween = ["0", "node1"]\nloss = "1%"\n'
+                    '[[link]]\nfrom = "2"\nto = "0-1"\nrate = 8000\n')  # fmt: skip
+    command = [sys.executable, "-P", "-m", "vmmc_emu.cli", "--cluster", name]
+    up = [*command, "up", "--nodes", "3", "--profile", str(file)]
+    assert subprocess.run(up, capture_output=True, timeout=60, check=False).returncode == 0
+    try:
+        found = wires.present(Cluster.running(name).place)
+    finally:
+        subprocess.run([*command, "down"], capture_output=True, timeout=60, check=True)
+    assert found[0, 1] == found[1, 0] == Wire(delay_ns=MS, loss=0.01)
+    assert found[2, 1] == found[2, 0] == Wire(delay_ns=MS, rate_bits_per_s=8000)
+    assert found[0, 2] == Wire(delay_ns=MS)
+    wrong = {
+        "[all]\nloss = '200%'": "loss", "[every]": "every", "[[link]]\nloss = 0.1": "between", "x =": "value",
+    }  # fmt: skip
+    for text, words in wrong.items():
+        file.write_text(text)
+        done = subprocess.run(up, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode != 0
+        assert "mine.toml" in done.stderr
+        assert words in done.stderr
+    up[-1] = "no"
+    done = subprocess.run(up, capture_output=True, text=True, timeout=60, check=False)
+    assert "lan-1gbit" in done.stderr

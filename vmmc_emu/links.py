@@ -1,0 +1,367 @@
+"""Links as people speak of them: `loss 1% delay 2ms rate 100mbit`, partitions, and profiles in files.
+
+    cluster.link(0, 1).set(loss=0.01, delay="2ms", rate="100mbit")     # both directions
+    cluster.link(0, 1).set(loss=0.01, one_way=True)                    # node0 to node1 only
+    cluster.link(0, 1).down()
+    cluster.partition([0, 1, 2], [3, 4, 5, 6, 7])
+    cluster.heal()
+
+The words are those of tc-netem(8).  A setting is given as a number in the unit of the table below, or as
+text with a unit.  A link is two wires, one each way: see vmmc_emu.wires, which checks ranges and carries out.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmmc_emu import wires
+from vmmc_emu.errors import ClusterError
+from vmmc_emu.names import node_index, node_name, node_set
+from vmmc_emu.paths import ClusterPaths
+from vmmc_emu.wires import Change, Wire
+
+Value = str | int | float
+Pair = tuple[int, int]
+
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(.*)")
+_TIMES = {"ns": 1.0, "us": 1e3, "ms": 1e6, "s": 1e9}
+# As tc has them: "bps" is bytes a second.
+_RATES = {
+    "bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "bps": 8.0, "kbps": 8e3, "mbps": 8e6, "gbps": 8e9,
+}  # fmt: skip
+
+
+def _split(text: str) -> tuple[float, str] | None:
+    found = _NUMBER.fullmatch(text.strip().lower())
+    return (float(found[1]), found[2]) if found else None
+
+
+def _probability(name: str, value: Value) -> float:
+    if not isinstance(value, str):
+        return value
+    parts = _split(value)
+    if parts is None or parts[1] != "%" or parts[0] > 100:
+        raise ClusterError(f"{name} {value!r}: write percent, from 0% to 100%, as in '{name} 1%'")
+    return parts[0] / 100
+
+
+def _time_ns(name: str, value: Value) -> int:
+    if not isinstance(value, str):
+        return round(value * 1e9)
+    parts = _split(value)
+    if parts == (0.0, ""):
+        return 0
+    if parts is None or parts[1] not in _TIMES:
+        raise ClusterError(
+            f"{name} {value!r}: write a time with its unit, {', '.join(_TIMES)}, as in '{name} 2ms'"
+        )
+    return round(parts[0] * _TIMES[parts[1]])
+
+
+def _rate(name: str, value: Value) -> int:
+    if not isinstance(value, str):
+        return round(value)
+    parts = _split(value)
+    if parts == (0.0, ""):
+        return 0
+    if parts is None or parts[1] not in _RATES:
+        raise ClusterError(
+            f"{name} {value!r}: write a rate with its unit, {', '.join(_RATES)} (bps: bytes a second),"
+            f" as in '{name} 100mbit'"
+        )
+    return round(parts[0] * _RATES[parts[1]])
+
+
+def _cost(name: str, value: Value) -> int:
+    rate = _rate(name, value)
+    return round(8e12 / rate) if rate else 0
+
+
+def _count(name: str, value: Value) -> int:
+    if isinstance(value, int):
+        return value
+    if not (isinstance(value, str) and value.isascii() and value.isdigit()):
+        raise ClusterError(f"{name} {value!r}: write a whole number")
+    return int(value)
+
+
+def _percent(value: float) -> str:
+    return f"{value * 100:.7g}%"
+
+
+def _in_units(units: Mapping[str, float]) -> Callable[[int], str]:
+    def shown(value: int) -> str:
+        for unit, scale in sorted(units.items(), key=lambda each: -each[1]):
+            if value >= scale:
+                return f"{value / scale:.6g}{unit}"
+        return "0"
+
+    return shown
+
+
+_show_time = _in_units(_TIMES)
+_show_rate = _in_units({unit: scale for unit, scale in _RATES.items() if unit.endswith("bit")})
+
+
+def _show_cost(value: int) -> str:
+    return _show_rate(round(8e12 / value))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One word of `link set`."""
+
+    field: str  # of Wire
+    read: Callable[[str, Value], int | float]
+    show: Callable[[Any], str]
+    meaning: str
+
+
+# By the word; a number instead of text is in the unit that stands in brackets.
+SETTINGS = {
+    "loss": Setting("loss", _probability, _percent, "packets that are lost, 0% to 100% [probability]"),
+    "corrupt": Setting("corrupt", _probability, _percent, "packets in which bits are flipped [probability]"),
+    "duplicate": Setting("duplicate", _probability, _percent, "packets that come twice [probability]"),
+    "reorder": Setting("reorder", _probability, _percent, "packets that later ones overtake [probability]"),
+    "delay": Setting("delay_ns", _time_ns, _show_time, "from end to end, up to 60s [seconds]"),
+    "jitter": Setting("jitter_ns", _time_ns, _show_time, "delay varies by so much, either way [seconds]"),
+    "rate": Setting("rate_bits_per_s", _rate, _show_rate, "up to 1000gbit a second; 0: no limit [bit/s]"),
+    "limit": Setting(
+        "limit_packets", _count, str, "packets under way at a time, the next is dropped; 0: no limit"
+    ),
+    "unreachable": Setting(
+        "unreachable_ns", _time_ns, _show_time, "silence after which a peer is given up; 0: 10s [seconds]"
+    ),
+    "seed": Setting("seed", _count, str, "of all random decisions: the same seed, the same faults"),
+    "packet-cost": Setting(
+        "stream_packet_ns", _time_ns, _show_time, "the receiver's work for each packet of a stream [seconds]"
+    ),
+    "redirected-rate": Setting(
+        "stream_redirected_ps_per_byte",
+        _cost,
+        _show_cost,
+        "at which bytes of a stream reach a posted address [bit/s]",
+    ),
+    "default-rate": Setting(
+        "stream_default_ps_per_byte", _cost, _show_cost, "at which those do that are copied once more [bit/s]"
+    ),
+}
+
+
+def understood(settings: Mapping[str, Value]) -> dict[str, Any]:
+    """Fields of a Wire, from words and values of people; ClusterError for what cannot be understood."""
+    found: dict[str, Any] = {}
+    for given, value in settings.items():
+        word = given.replace("_", "-")
+        if word not in SETTINGS:
+            raise ClusterError(f"a link has no {given!r}: it has {', '.join(SETTINGS)}")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ClusterError(f"{word} {value!r}: write a number, or text with a unit")
+        found[SETTINGS[word].field] = SETTINGS[word].read(word, value)
+    return found
+
+
+def words(text: Sequence[str]) -> dict[str, Value]:
+    """`["loss", "1%", "delay", "2ms"]` as settings."""
+    settings: dict[str, Value] = {}
+    for at in range(0, len(text), 2):
+        word = text[at]
+        if word not in SETTINGS:
+            raise ClusterError(f"a link has no {word!r}: it has {', '.join(SETTINGS)}")
+        if word in settings:
+            raise ClusterError(f"{word} is given twice")
+        if at + 1 == len(text):
+            raise ClusterError(f"{word} needs a value, as in '{word} {_EXAMPLES.get(word, '1')}'")
+        settings[word] = text[at + 1]
+    return settings
+
+
+_EXAMPLES = {
+    "loss": "1%", "corrupt": "0.1%", "duplicate": "1%", "reorder": "5%", "delay": "2ms", "jitter": "500us",
+    "rate": "100mbit", "limit": "1000", "unreachable": "5s", "packet-cost": "5us",
+    "redirected-rate": "100mbps", "default-rate": "40mbps",
+}  # fmt: skip
+
+
+def shown(wire: Wire) -> str:
+    """A wire's settings in the words that `link set` takes; "perfect" when there is nothing to say."""
+    default = Wire()
+    parts = [] if wire.up else ["down"]
+    for word, setting in SETTINGS.items():
+        value = getattr(wire, setting.field)
+        if value != getattr(default, setting.field):
+            parts.append(f"{word} {setting.show(value)}")
+    return " ".join(parts) or "perfect"
+
+
+# ---- links of a cluster ----
+
+
+class Link:
+    """The two wires between two nodes of a running cluster."""
+
+    def __init__(self, place: ClusterPaths, a: int, b: int) -> None:
+        if a == b:
+            raise ClusterError("a node has no link to itself: name two different nodes")
+        self._place, self._ends = place, (a, b)
+
+    def __repr__(self) -> str:
+        return f"<Link {node_name(self._ends[0])} - {node_name(self._ends[1])} of {self._place.cluster!r}>"
+
+    def _change(self, fields: Mapping[str, Any], *, one_way: bool, reset: bool = False) -> Link:
+        wires.change(self._place, [Change([a], [b], fields, reset) for a, b in self._pairs(one_way)])
+        return self
+
+    def _pairs(self, one_way: bool) -> list[Pair]:
+        return [self._ends] if one_way else [self._ends, self._ends[::-1]]
+
+    def set(self, *, one_way: bool = False, **settings: Value) -> Link:
+        """Changes what is named, in both directions or from the first node to the second only.
+
+        `loss=0.01` or `loss="1%"`, `delay=0.002` or `delay="2ms"`, `rate=100e6` or `rate="100mbit"`: see
+        SETTINGS.  ClusterError names a value that cannot be, and then nothing has changed.  It takes effect
+        on live traffic.
+        """
+        return self._change(understood(settings), one_way=one_way)
+
+    def reset(self, *, one_way: bool = False) -> Link:
+        """Makes it perfect again."""
+        return self._change({}, one_way=one_way, reset=True)
+
+    def down(self, *, one_way: bool = False) -> Link:
+        """Nothing gets through; what was not delivered waits for `up` until the peer is given up."""
+        return self._change({"up": False}, one_way=one_way)
+
+    def up(self, *, one_way: bool = False) -> Link:
+        """Lets packets through again; other settings are as they were."""
+        return self._change({"up": True}, one_way=one_way)
+
+    def wires(self) -> dict[Pair, Wire]:
+        """Settings by direction, as (from, to)."""
+        found = wires.present(self._place)
+        return {pair: found.get(pair, Wire()) for pair in self._pairs(one_way=False)}
+
+    def counters(self) -> dict[Pair, dict[str, int]]:
+        """What happened on each of the two wires: losses, retransmissions, round trip."""
+        from vmmc_emu import observe  # noqa: PLC0415  the command line starts faster without
+
+        return {
+            (a, b): observe.link_counters(self._place.cluster, a, b) for a, b in self._pairs(one_way=False)
+        }
+
+
+def groups_of(texts: Sequence[str | Iterable[int | str]], nodes: int) -> list[list[int]]:
+    """Groups of nodes from "0,1,2", "{0,1,2}", "3-7" or lists; those that nobody named are one more."""
+    found: list[list[int]] = []
+    where: dict[int, int] = {}
+    for given in texts:
+        if isinstance(given, str):
+            group = node_set([given.removeprefix("{").removesuffix("}")], nodes)
+        else:
+            group = [node_index(each, nodes) for each in given]
+        for node in group:
+            if where.setdefault(node, len(found)) != len(found):
+                raise ClusterError(f"{node_name(node)} is in two groups: a partition has each node in one")
+        if not group:
+            raise ClusterError("a group of a partition is empty: name nodes, as in 0-2 or 0,1,2")
+        found.append(group)
+    rest = [node for node in range(nodes) if node not in where]
+    if rest:
+        found.append(rest)
+    if len(found) < 2:
+        raise ClusterError("a partition needs two groups, as in: partition 0-2 3-7")
+    return found
+
+
+def partition(place: ClusterPaths, groups: Sequence[Sequence[int]]) -> None:
+    """Cuts every wire between two groups and mends those within one."""
+    changes = []
+    for group in groups:
+        others = [node for other in groups if other is not group for node in other]
+        changes.append(Change(list(group), others, {"up": False}))
+        if len(group) > 1:
+            changes.append(Change(list(group), list(group), {"up": True}))
+    wires.change(place, changes)
+
+
+def heal(place: ClusterPaths) -> None:
+    """Mends every wire that is down; their other settings stay."""
+    cut = [pair for pair, wire in wires.present(place).items() if not wire.up]
+    if cut:
+        wires.change(place, [Change([a], [b], {"up": True}) for a, b in cut])
+
+
+# ---- profiles ----
+
+_SHIPPED = Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings for every wire, and for some of them others, as a file says them."""
+
+    name: str
+    every: Mapping[str, Any]
+    links: Sequence[tuple[list[str], list[str], bool, Mapping[str, Any]]]  # from, to, also back, settings
+
+    def changes(self, nodes: int) -> list[Change]:
+        """What makes the wires of a new cluster so."""
+        found = [Change(range(nodes), range(nodes), self.every)] if self.every and nodes > 1 else []
+        for senders, receivers, back, settings in self.links:
+            a, b = node_set(senders, nodes), node_set(receivers, nodes)
+            found.append(Change(a, b, settings))
+            if back:
+                found.append(Change(b, a, settings))
+        return found
+
+
+def shipped_profiles() -> list[str]:
+    """The names that need no file."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
+
+
+def profile(which: str) -> Profile:
+    """A shipped profile by name, or one in a file (TOML); ClusterError says what is wrong with it."""
+    path = _SHIPPED / f"{which}.toml"
+    if which not in shipped_profiles():
+        path = Path(which)
+        if not path.is_file():
+            raise ClusterError(
+                f"there is no profile {which!r}: name a file, or one of {', '.join(shipped_profiles())}"
+            )
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _profile(path.stem, found)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ClusterError) as error:
+        raise ClusterError(f"profile {path}: {error}") from None
+
+
+def _profile(name: str, found: Mapping[str, Any]) -> Profile:
+    unknown = found.keys() - {"all", "link"}
+    if unknown:
+        raise ClusterError(f"it has {', '.join(sorted(unknown))}: write [all] and [[link]]")
+    every, links = found.get("all", {}), found.get("link", [])
+    if not isinstance(every, dict) or not isinstance(links, list):
+        raise ClusterError("write [all] once and [[link]], in double brackets, for each link that differs")
+    return Profile(name, _checked(every), [_link(each) for each in links])
+
+
+def _link(found: Mapping[str, Any]) -> tuple[list[str], list[str], bool, Mapping[str, Any]]:
+    settings = {word: value for word, value in found.items() if word not in {"between", "from", "to"}}
+    ends, one_way = found.get("between"), {"from", "to"} & found.keys()
+    if isinstance(ends, list) and len(ends) == 2 and not one_way:
+        return [str(ends[0])], [str(ends[1])], True, _checked(settings)
+    if len(one_way) == 2 and ends is None:
+        return [str(found["from"])], [str(found["to"])], False, _checked(settings)
+    raise ClusterError('a [[link]] needs between = ["0", "1"], or from = "0" and to = "1-3"')
+
+
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    fields = understood(settings)
+    Wire.checked(Wire(), fields)
+    return fields
