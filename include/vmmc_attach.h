@@ -40,6 +40,7 @@ enum vmmc_control_kind {
   VMMC_CONTROL_DETACH = 3, /* daemon: its process is gone: deliver what was sent, then end it */
   VMMC_CONTROL_GONE = 4,   /* NIC: nothing refers to that endpoint any more: unlink its segments */
   VMMC_CONTROL_READY = 5,  /* NIC: serving */
+  VMMC_CONTROL_EXPELLED = 7, /* NIC: that endpoint is served no more, its log says why; GONE follows */
   VMMC_CONTROL_WIRE = 6,   /* daemon: a wire is to be like this from now on: struct vmmc_control_wire */
 };
 

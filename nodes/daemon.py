@@ -286,6 +286,10 @@ class Daemon:
                 continue
             if message["kind"] == self._protocol.CONTROL_READY:
                 self._nic_is_ready(message["value"])
+            elif message["kind"] == self._protocol.CONTROL_EXPELLED:
+                expelled = self._store.endpoints.get(message["serial"])
+                if expelled is not None:
+                    self._detach(expelled, "is not served any more: the NIC's log says why")
             elif message["kind"] == self._protocol.CONTROL_GONE:
                 self._forget_endpoint(message["serial"])
 

@@ -3,8 +3,7 @@
 
 #include "nic.h"
 
-void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id, uint64_t length,
-                      uint32_t permissions) {
+static void answer(struct endpoint *e, uint64_t index, int error, uint32_t id, uint64_t length, uint32_t permissions) {
   struct vmmc_completion *done = (struct vmmc_completion *)(e->nic + VMMC_NIC_COMPLETIONS) + index % VMMC_COMMANDS;
   if (error) COUNT(e, commands_rejected, 1);
   done->error = error;
@@ -13,6 +12,11 @@ void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id
   done->permissions = permissions;
   /* release: the answer before what says that it is there */
   atomic_store_explicit(&done->done, index + 1, memory_order_release);
+}
+
+void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id, uint64_t length,
+                      uint32_t permissions) {
+  answer(e, index, error, id, length, permissions);
   in_order(); /* a command is forgotten when it is answered, see commands_recover */
   e->own->command[index % VMMC_COMMANDS].state = COMMAND_NONE;
   wake_completion(e);
@@ -71,14 +75,16 @@ static bool answered(struct endpoint *e, uint64_t index) {
   return atomic_load_explicit(&c->done, memory_order_relaxed) == index + 1;
 }
 
-static void take(struct endpoint *e, uint64_t index) {
+/* Returns how much work it was: an export is looked for among all names of the node. */
+static int take(struct endpoint *e, uint64_t index) {
+  enum { COMMAND = 1, NAME = 16 };
   struct own_command *own = &e->own->command[index % VMMC_COMMANDS];
   const struct vmmc_command *shared = (const struct vmmc_command *)(e->app + VMMC_APP_COMMANDS) + index % VMMC_COMMANDS;
   /* A predecessor took it, and was killed before it had counted it. */
-  if (answered(e, index) || (own->state != COMMAND_NONE && own->command.index == index)) return;
+  if (answered(e, index) || (own->state != COMMAND_NONE && own->command.index == index)) return COMMAND;
   if (own->state != COMMAND_NONE) { /* the queue was overrun: the answer owed goes first */
     COUNT(e, commands_rejected, 1);
-    return;
+    return COMMAND;
   }
   memcpy(&own->command, (const void *)shared, sizeof own->command); /* the copy that is checked and used */
   own->command.index = index;
@@ -95,33 +101,47 @@ static void take(struct endpoint *e, uint64_t index) {
     default: error = EINVAL;
   }
   if (error || own->state == COMMAND_NONE) command_complete(e, index, error, 0, 0, 0);
+  return c->op == VMMC_OP_EXPORT ? NAME : COMMAND;
 }
 
+/* What answers and arrivals are told in: the library has seen to it that there is room. */
+static bool commit_answers(struct endpoint *e) {
+  uint64_t end = VMMC_NIC_NOTIFICATIONS + VMMC_NOTIFICATIONS * sizeof(struct vmmc_notification);
+  return segment_commit(e->nic_fd, VMMC_NIC_COMPLETIONS, end - VMMC_NIC_COMPLETIONS);
+}
+
+/* And what commands are remembered in. */
 static bool commit_tables(struct endpoint *e) {
-  if (e->vmmc_committed) return true;
-  e->vmmc_committed =
-      segment_commit(e->nic_fd, VMMC_NIC_COMPLETIONS,
-                     VMMC_NIC_NOTIFICATIONS + VMMC_NOTIFICATIONS * sizeof(struct vmmc_notification) - VMMC_NIC_COMPLETIONS) &&
-      segment_commit(e->own_fd, 0, offsetof(struct own, connection));
+  if (!e->vmmc_committed)
+    e->vmmc_committed = commit_answers(e) && segment_commit(e->own_fd, 0, offsetof(struct own, connection));
   return e->vmmc_committed;
 }
 
 int commands_work(struct endpoint *e) {
+  enum { SHARE = 64 }; /* of work, before others have their turn */
   /* acquire: the commands that it counts */
   uint64_t tail = atomic_load_explicit(&app_header(e)->command_tail, memory_order_acquire);
   if (tail == e->commands_taken) return 0;
-  if (!commit_tables(e)) return 0; /* said in the log; the program waits until there is room */
-  int done = 0;
-  if (tail - e->commands_taken > VMMC_COMMANDS) { /* impossible: the newest queue's worth counts */
-    log_event("warning", "endpoint %u (pid %d): an impossible command count", e->index, e->pid);
-    COUNT(e, commands_rejected, 1);
-    e->commands_taken = tail - VMMC_COMMANDS;
+  bool room = commit_tables(e);
+  if (!room && !commit_answers(e)) {
+    e->wrong = "no room in /dev/shm for answers to its commands";
+    return 1;
   }
-  while (e->commands_taken != tail) {
-    take(e, e->commands_taken);
+  int done = 0;
+  if (tail - e->commands_taken > VMMC_COMMANDS) { /* also a count that went back: which command is next? */
+    e->wrong = "an impossible number of commands";
+    return 1;
+  }
+  while (e->commands_taken != tail && done < SHARE) {
+    if (room) {
+      done += take(e, e->commands_taken);
+    } else {
+      answer(e, e->commands_taken, ENOBUFS, 0, 0, 0);
+      wake_completion(e);
+      done++;
+    }
     e->commands_taken++;
     atomic_store_explicit(&nic_header(e)->commands_taken, e->commands_taken, memory_order_release);
-    done++;
   }
   return done;
 }

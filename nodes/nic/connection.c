@@ -54,6 +54,10 @@ static bool commit_slot(struct endpoint *e, uint32_t slot) {
       !segment_commit(e->own_fd, offsetof(struct own, connection) + first * sizeof(struct connection),
                       count * sizeof(struct connection)))
     return false;
+  /* The app commits its halves when it takes a slot; of those that we take we read them before it does. */
+  if (is_passive(slot) && !segment_commit(e->app_fd, VMMC_APP_SLOTS + first * sizeof(struct vmmc_app_slot),
+                                          count * sizeof(struct vmmc_app_slot)))
+    return false;
   *end = slot + 1;
   return true;
 }
@@ -279,8 +283,10 @@ static void reset_far(struct endpoint *e, uint32_t slot) {
   link_reply(link, &p);
 }
 
+/* Entries are taken whole: a position inside one is none that the library stores. */
 static uint64_t accept_queue_taken(struct connection *c, const struct half *h) {
-  if (h->consumed >= c->consumed && h->consumed <= c->placed) c->consumed = h->consumed;
+  bool whole = h->consumed % sizeof(struct vmmc_accept_entry) == 0;
+  if (whole && h->consumed >= c->consumed && h->consumed <= c->placed) c->consumed = h->consumed;
   return c->consumed;
 }
 
@@ -411,9 +417,7 @@ static bool half_is_sane(struct endpoint *e, uint32_t slot, const struct half *h
   struct connection *c = connection_of(e, slot);
   if (h->written >= c->transmitted && h->written <= c->far_limit && h->consumed >= c->consumed && h->consumed <= c->placed)
     return true;
-  COUNT(e, commands_rejected, 1);
-  log_event("warning", "endpoint %u (pid %d): impossible stream positions in slot %u; its connection is reset",
-            e->index, e->pid, slot);
+  endpoint_nonsense(e, "impossible stream positions in slot %u; its connection is reset", slot);
   reset_far(e, slot);
   connection_fail(e, slot, EPROTO);
   return false;
@@ -427,26 +431,48 @@ static void look_established(struct endpoint *e, uint32_t slot, const struct hal
   if (h->written > c->transmitted || fin || (h->shut & VMMC_CLOSED) || credit_due(e, slot)) connection_enqueue(e, slot);
 }
 
-void connection_look(struct endpoint *e, uint32_t slot) {
-  if (slot >= VMMC_SLOTS) return;
+/* What is left to do when the app has closed a slot that no peer need hear of. */
+void connection_end(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  struct half h = connection_half(e, slot);
+  if (!(h.shut & VMMC_CLOSED)) return;
+  if (c->state == CONNECTION_LISTENING)
+    look_listening(e, slot, &h);
+  else if (c->state == CONNECTION_IDLE || c->state == CONNECTION_BUSY || c->state == CONNECTION_DEAD)
+    finish(e, slot);
+}
+
+void connection_abort(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  if (c->state == CONNECTION_ESTABLISHED) reset_far(e, slot);
+  connection_fail(e, slot, ECONNRESET);
+}
+
+int connection_look(struct endpoint *e, uint32_t slot) {
+  enum { LOOK = 1, REQUEST = 16 };
+  int work = LOOK;
+  if (slot >= VMMC_SLOTS) return work;
   struct connection *c = connection_of(e, slot);
   struct vmmc_app_slot *a = app_slot(e, slot);
   uint32_t generation = atomic_load_explicit(&a->generation, memory_order_acquire);
   if (!is_passive(slot) && generation && !e->dying && slot < VMMC_ACTIVE_SLOTS) {
-    if (slot >= e->own->active_end && !commit_slot(e, slot)) return;
+    if (slot >= e->own->active_end && !commit_slot(e, slot)) return work;
     if (c->state == CONNECTION_NONE && generation != c->generation) {
       prepare(e, slot);
       enter(e, slot, generation, CONNECTION_IDLE);
       publish(e, slot, VMMC_IDLE);
     }
   }
-  if (slot >= (is_passive(slot) ? e->own->passive_end : e->own->active_end)) return;
-  if (c->state == CONNECTION_NONE) return;
+  if (slot >= (is_passive(slot) ? e->own->passive_end : e->own->active_end)) return work;
+  if (c->state == CONNECTION_NONE) return work;
   if (generation == c->generation && !e->dying) {
     uint32_t request = atomic_load_explicit(&a->request, memory_order_acquire);
-    if (request != c->requested) serve_request(e, slot, request);
+    if (request != c->requested) {
+      serve_request(e, slot, request);
+      work = REQUEST;
+    }
   } else if (!e->dying) {
-    return;
+    return work;
   }
   struct half h = connection_half(e, slot);
   switch (c->state) {
@@ -461,11 +487,10 @@ void connection_look(struct endpoint *e, uint32_t slot) {
       break;
     case CONNECTION_IDLE:
     case CONNECTION_BUSY:
-    case CONNECTION_DEAD:
-      if (h.shut & VMMC_CLOSED) finish(e, slot);
-      break;
+    case CONNECTION_DEAD: connection_end(e, slot); break;
     default: break; /* CLOSING waits for the peer */
   }
+  return work;
 }
 
 /* ---- telling the peer what it has not been told ---- */
@@ -549,7 +574,10 @@ bool connection_transmit(struct work *work, struct link *link) {
   struct endpoint *e = w->endpoint;
   uint32_t slot = w->slot;
   struct connection *c = connection_of(e, slot);
-  if (c->far_node != link_node(link)) return false; /* the slot has moved on since it was queued */
+  if (c->far_node != link_node(link)) { /* the slot has moved on since it was queued: to another link's queue */
+    if (c->state == CONNECTION_CONNECTING || c->state == CONNECTION_ESTABLISHED) connection_enqueue(e, slot);
+    return false;
+  }
   if (c->state == CONNECTION_CONNECTING && !(c->flags & SAID_CONNECT)) {
     struct packet *p = say(link, e, slot, PACKET_CONNECT);
     p->local = c->local;

@@ -65,11 +65,13 @@ static bool control_receive(union message *message, int *fd) {
 }
 
 int control_work(void) {
+  enum { SHARE = 64 };
   int done = 0, fd;
   union message message;
   if (!pending || nic.control_fd < 0) return 0;
   pending = 0;
-  while (nic.control_fd >= 0 && control_receive(&message, &fd)) {
+  /* A program can have its daemon say much: then others have their turn, and it goes on. */
+  while (nic.control_fd >= 0 && done < SHARE && control_receive(&message, &fd)) {
     const struct vmmc_control m = message.control;
     done++;
     switch (m.kind) {
@@ -84,5 +86,6 @@ int control_work(void) {
     }
     if (fd >= 0) close(fd);
   }
+  if (done == SHARE) pending = 1;
   return done;
 }

@@ -1,29 +1,52 @@
 /*
- * dma.c: the copy between two programs' memory.
+ * dma.c: the copy between two programs' memory, and what becomes of memory that is not there.
  *
- * Either side may turn out not to be there: a program can truncate its segment at any time, and a full
- * /dev/shm refuses a page.  The kernel says so with SIGBUS at the load or store; the copy then ends
- * with EFAULT and harms only the connection or command that it was for.
+ * A program can truncate its segment at any time, and a full /dev/shm refuses a page.  The kernel says so
+ * with SIGBUS at the load or store.  A copy then ends with EFAULT and harms only the connection or command
+ * that it was for.  Anywhere else the firmware looks at a program's requests and positions: that program's
+ * segment is then replaced by private zeros, the load goes on and finds nothing asked for, and
+ * endpoints_work ends the program's attachment.
  */
 #include <setjmp.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "nic.h"
 
 static sigjmp_buf fault;
 static volatile sig_atomic_t copying;
 
-static void on_fault(int signal_number) {
+/* The attached program in whose own segment this address lies.  Only list and addresses are read, which the
+ * firmware changes when it looks at no program's memory. */
+static struct endpoint *owner_of(const char *address) {
+  for (uint32_t i = 0; i < nic.live_count; i++) {
+    struct endpoint *e = nic.endpoint[nic.live[i]];
+    if (address >= e->app && address < e->app + VMMC_APP_BYTES) return e;
+  }
+  return NULL;
+}
+
+static void on_fault(int signal_number, siginfo_t *info, void *context) {
+  (void)context;
   if (copying) siglongjmp(fault, 1);
-  /* Not in a copy: a defect of the firmware.  Die of it, as without a handler. */
+  struct endpoint *e = owner_of(info->si_addr);
+  int saved = errno;
+  if (e && !e->wrong &&
+      mmap(e->app, VMMC_APP_BYTES, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+           0) == (void *)e->app) {
+    e->wrong = "its memory is not there: its segment was truncated, or /dev/shm is full";
+    errno = saved;
+    return; /* the load is done again, and finds zeros */
+  }
+  /* Memory of the NIC's own: die of it, as without a handler.  A successor leaves out what is too short. */
   signal(signal_number, SIG_DFL);
   raise(signal_number);
 }
 
 void dma_start(void) {
   /* SA_NODEFER and savesigs 0: leaving by siglongjmp restores no mask, so none may be set. */
-  struct sigaction action = { .sa_handler = on_fault, .sa_flags = SA_NODEFER };
+  struct sigaction action = { .sa_sigaction = on_fault, .sa_flags = SA_NODEFER | SA_SIGINFO };
   sigaction(SIGBUS, &action, NULL);
 }
 

@@ -1,9 +1,9 @@
 /* endpoint.c: programs attached to this node: their segments, their doorbells, and their end. */
 #include <fcntl.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 
 #include "nic.h"
@@ -19,6 +19,7 @@ static void unmap(struct endpoint *e) {
   if (e->nic) munmap(e->nic, VMMC_NIC_BYTES);
   if (e->own) munmap(e->own, OWN_BYTES);
   if (e->work) munmap(e->work, VMMC_SLOTS * sizeof *e->work);
+  if (e->app_fd >= 0) close(e->app_fd);
   if (e->nic_fd >= 0) close(e->nic_fd);
   if (e->own_fd >= 0) close(e->own_fd);
   for (int i = 0; i < VMMC_WAKERS; i++)
@@ -32,7 +33,7 @@ struct endpoint *endpoint_find(uint32_t index, uint32_t serial) {
 }
 
 static bool map_all(struct endpoint *e) {
-  e->app = map_part(nic.node, e->serial, "app", VMMC_APP_BYTES, true, NULL);
+  e->app = map_part(nic.node, e->serial, "app", VMMC_APP_BYTES, true, &e->app_fd);
   e->nic = map_part(nic.node, e->serial, "nic", VMMC_NIC_BYTES, true, &e->nic_fd);
   e->own = map_part(nic.node, e->serial, "own", OWN_BYTES, true, &e->own_fd);
   void *work = mmap(NULL, VMMC_SLOTS * sizeof *e->work, PROT_READ | PROT_WRITE,
@@ -49,6 +50,12 @@ static void recover(struct endpoint *e) {
   uint64_t events = atomic_load_explicit(&header->events, memory_order_relaxed);
   e->events_committed = (events * sizeof(uint32_t) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
   if (e->events_committed > VMMC_EVENTS * sizeof(uint32_t)) e->events_committed = VMMC_EVENTS * sizeof(uint32_t);
+  /* Slots that stand in the event ring untaken are not entered again: there is room for one entry each. */
+  const _Atomic uint32_t *ring = (const _Atomic uint32_t *)(e->nic + VMMC_NIC_EVENTS);
+  for (uint64_t n = events > VMMC_EVENTS ? events - VMMC_EVENTS : 0; n < events; n++) {
+    uint32_t slot = atomic_load_explicit(&ring[n % VMMC_EVENTS], memory_order_relaxed);
+    if (slot < VMMC_SLOTS) e->work[slot].last_event = n + 1;
+  }
   own->open = 0;
   own->free_passive = 0;
   for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < own->passive_end; slot++) connection_unmake(e, slot);
@@ -95,12 +102,13 @@ void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid) {
   }
   struct endpoint *e = calloc(1, sizeof *e);
   if (!e) return;
-  *e = (struct endpoint){ .index = index, .serial = serial, .pid = pid, .nic_fd = -1, .own_fd = -1 };
+  *e = (struct endpoint){ .index = index, .serial = serial, .pid = pid, .app_fd = -1, .nic_fd = -1, .own_fd = -1 };
   for (int i = 0; i < VMMC_WAKERS; i++) e->waker[i] = -1;
   if (!map_all(e)) {
     log_event("error", "cannot attach pid %d as endpoint %u: %s", pid, index, strerror(errno));
     unmap(e);
-    control_say(VMMC_CONTROL_GONE, index, serial, errno);
+    control_say(VMMC_CONTROL_EXPELLED, index, serial, errno);
+    control_say(VMMC_CONTROL_GONE, index, serial, 0);
     return;
   }
   nic.endpoint[index] = e;
@@ -144,11 +152,24 @@ void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd) {
     if (fd >= 0) close(fd);
     return;
   }
+  if (!wake_is_harmless(fd)) {
+    endpoint_nonsense(e, "waker %u is no event descriptor", number);
+    close(fd);
+    return;
+  }
   if (e->waker[number] >= 0) close(e->waker[number]);
   e->waker[number] = fd;
   /* Its thread may be asleep already, since before a predecessor's death even, and an event may have come
    * before this: it looks again. */
-  eventfd_write(fd, 1);
+  wake_waker(e, number);
+}
+
+/* From now on only what was sent is delivered.  It is not yet settled. */
+static void detach(struct endpoint *e) {
+  e->dying = true;
+  export_end_all(e);
+  for (uint32_t slot = 0; slot < e->own->active_end; slot++) connection_look(e, slot);
+  for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++) connection_look(e, slot);
 }
 
 void endpoint_detach(uint32_t index, uint32_t serial) {
@@ -158,10 +179,7 @@ void endpoint_detach(uint32_t index, uint32_t serial) {
     return;
   }
   if (e->dying) return;
-  e->dying = true;
-  export_end_all(e);
-  for (uint32_t slot = 0; slot < e->own->active_end; slot++) connection_look(e, slot);
-  for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++) connection_look(e, slot);
+  detach(e);
   endpoint_settle(e);
 }
 
@@ -198,24 +216,73 @@ void endpoint_settle(struct endpoint *e) {
   unmap(e);
 }
 
+/* ---- programs that do what cannot be ---- */
+
+void endpoint_nonsense(struct endpoint *e, const char *format, ...) {
+  COUNT(e, commands_rejected, 1);
+  if (e->complained) return;
+  e->complained = true;
+  char what[200];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(what, sizeof what, format, arguments);
+  va_end(arguments);
+  log_event("warning", "endpoint %u (pid %d): %s; what more of this kind it does is only counted (commands_rejected)",
+            e->index, e->pid, what);
+}
+
+/* It is served no more: its connections are reset, and its calls that wait get an error. */
+static void expel(struct endpoint *e) {
+  log_event("error", "endpoint %u (pid %d) is detached: %s", e->index, e->pid, e->wrong);
+  for (int pass = 0; pass < 2; pass++) {
+    uint32_t end = pass ? e->own->passive_end : e->own->active_end;
+    for (uint32_t slot = pass ? VMMC_ACTIVE_SLOTS : 0; slot < end; slot++) connection_abort(e, slot);
+  }
+  wake_all(e);
+  control_say(VMMC_CONTROL_EXPELLED, e->index, e->serial, e->pid);
+  detach(e);
+}
+
 /* ---- doorbells ---- */
+
+/* Its slots that rang.  A share of them: then others have their turn, and it goes on where it stopped. */
+static int doorbells(struct endpoint *e) {
+  enum { SHARE = 256 };
+  struct vmmc_app_header *header = app_header(e);
+  _Atomic uint64_t *dirty = (_Atomic uint64_t *)(e->app + VMMC_APP_DIRTY);
+  uint32_t first = e->next_look;
+  int done = 0;
+  for (uint32_t n = 0; n <= VMMC_SUMMARY_WORDS; n++) {
+    uint32_t s = (first / 64 + n) % VMMC_SUMMARY_WORDS;
+    /* It begins in the middle of one, the front part of which comes last. */
+    uint64_t part = n == 0 ? ~0ull << first % 64 : n == VMMC_SUMMARY_WORDS ? ~(~0ull << first % 64) : ~0ull;
+    /* A plain look first: an exchange would take the line from the program at every turn. */
+    if (!(atomic_load_explicit(&header->summary[s], memory_order_relaxed) & part)) continue;
+    uint64_t words = atomic_exchange(&header->summary[s], 0);
+    if (words & ~part) atomic_fetch_or(&header->summary[s], words & ~part);
+    for (words &= part; words; words &= words - 1) {
+      uint32_t word = s * 64 + (uint32_t)__builtin_ctzll(words);
+      uint64_t bits = done < SHARE ? atomic_exchange(&dirty[word], 0) : 0;
+      for (; bits && done < SHARE; bits &= bits - 1)
+        done += connection_look(e, word * 64 + (uint32_t)__builtin_ctzll(bits));
+      if (done < SHARE) continue;
+      if (bits) atomic_fetch_or(&dirty[word], bits);
+      atomic_fetch_or(&header->summary[s], words);
+      e->next_look = word;
+      return done;
+    }
+  }
+  e->next_look = 0;
+  return done;
+}
 
 int endpoints_work(void) {
   int done = 0;
   for (uint32_t i = 0; i < nic.live_count; i++) {
     struct endpoint *e = nic.endpoint[nic.live[i]];
-    struct vmmc_app_header *header = app_header(e);
-    _Atomic uint64_t *dirty = (_Atomic uint64_t *)(e->app + VMMC_APP_DIRTY);
-    for (uint32_t s = 0; s < VMMC_SUMMARY_WORDS && !e->dying; s++) {
-      /* A plain look first: an exchange would take the line from the program at every turn. */
-      if (!atomic_load_explicit(&header->summary[s], memory_order_relaxed)) continue;
-      for (uint64_t words = atomic_exchange(&header->summary[s], 0); words; words &= words - 1) {
-        uint32_t word = s * 64 + (uint32_t)__builtin_ctzll(words);
-        for (uint64_t bits = atomic_exchange(&dirty[word], 0); bits; bits &= bits - 1, done++)
-          connection_look(e, word * 64 + (uint32_t)__builtin_ctzll(bits));
-      }
-    }
+    if (!e->dying) done += doorbells(e);
     if (!e->dying) done += commands_work(e);
+    if (e->wrong && !e->dying) expel(e);
     if (e->dying && !e->own->open) {
       endpoint_settle(e);
       i--; /* another took its place in the list */

@@ -31,7 +31,7 @@ int export_make(struct endpoint *e, struct own_command *own) {
   if (x->used) return own->effected == command->index + 1 ? 0 : EEXIST;
   struct endpoint *other;
   if (command->name[0] && find_on_node(command->name, &other)) return EEXIST;
-  if (utlb_translate(e, command->offset, command->length)) return EFAULT;
+  if (!utlb_present(e, command->offset, command->length)) return EFAULT;
   x->generation++;
   x->offset = command->offset;
   x->length = command->length;

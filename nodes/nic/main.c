@@ -80,7 +80,7 @@ static void *map_own(const char *what, uint64_t bytes, uint64_t committed, int *
 
 static void take_over(void) {
   nic.door = map_own("door", sizeof *nic.door, sizeof *nic.door, NULL);
-  nic.state = map_own("state", STATE_BYTES, offsetof(struct node_state, binding) + 64 * sizeof(struct binding),
+  nic.state = map_own("state", STATE_BYTES, offsetof(struct node_state, binding),
                       &nic.state_fd);
   nic.pub = map_own("pub", sizeof *nic.pub, sizeof *nic.pub, NULL);
   struct vmmc_pub *pub = nic.pub;
@@ -111,6 +111,10 @@ int main(int count, char **argument) {
   struct sigaction action = { .sa_handler = on_stop };
   sigaction(SIGTERM, &action, NULL);
   dma_start();
+  if (!wake_start()) {
+    log_event("error", "no timer: %s", strerror(errno));
+    return 1;
+  }
   take_over();
   control_start(control);
   log_event("info", "serving %s, pid %d, incarnation %u", nic.cluster, getpid(), atomic_load(&nic.pub->incarnation));

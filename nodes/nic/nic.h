@@ -70,13 +70,16 @@ struct endpoint {
   uint32_t index, serial;
   int32_t pid;
   bool dying; /* its process is gone: deliver, then free */
+  const char *volatile wrong; /* why it is to be detached, NULL: nothing.  May be set by a signal handler */
+  bool complained;            /* the log has a line about nonsense in its segment: one is enough */
   char *app, *nic;
-  int nic_fd, own_fd; /* to commit pages */
+  int app_fd, nic_fd, own_fd; /* to commit pages */
   struct own *own;
   struct slot_work *work;            /* VMMC_SLOTS, sparse */
   struct command_work command[VMMC_COMMANDS];
   uint64_t last_send[VMMC_NODES_MAX]; /* index + 1 of the newest send to each node, 0: none */
   uint64_t commands_taken;           /* command_tail up to which commands were taken */
+  uint32_t next_look;                /* word of dirty bits with which its next turn begins */
   bool vmmc_committed;               /* the tables that commands need are allocated */
   uint64_t events_committed;         /* bytes of the event ring that are */
   int waker[VMMC_WAKERS];            /* event descriptors, -1: none */
@@ -160,6 +163,8 @@ int endpoints_work(void);        /* duty: doorbells; returns how much was done *
 bool endpoints_have_work(void);  /* looks only: before sleeping */
 struct endpoint *endpoint_find(uint32_t index, uint32_t serial);
 void endpoint_settle(struct endpoint *e); /* dying and nothing left: tell the daemon, forget */
+/* The program wrote what cannot be: counted, and said in the log the first time. */
+__attribute__((format(printf, 2, 3))) void endpoint_nonsense(struct endpoint *e, const char *format, ...);
 struct remote *remote_find(uint32_t node, uint32_t serial); /* maps it when needed; NULL: cannot */
 void remote_release(struct remote *remote);
 void remote_gone(uint32_t node, uint32_t serial);
@@ -173,7 +178,10 @@ void ports_recover(void); /* once all endpoints are known */
 struct binding *port_listener(const struct vmmc_address *to);
 
 /* ---- connection.c ---- */
-void connection_look(struct endpoint *e, uint32_t slot); /* the app rang for this slot */
+/* The app rang for this slot.  Returns how much work that was: a look, or as much as many. */
+int connection_look(struct endpoint *e, uint32_t slot);
+void connection_end(struct endpoint *e, uint32_t slot); /* when the app has closed it, and nobody need hear of it */
+void connection_abort(struct endpoint *e, uint32_t slot); /* resets it, both sides */
 void connection_recover(struct endpoint *e, uint32_t slot); /* a successor takes it over */
 void connection_unmake(struct endpoint *e, uint32_t slot);  /* before: if its predecessor had only begun it */
 void connection_packet(struct link *link, const struct packet *p);
@@ -237,6 +245,7 @@ void transfer_recover(struct endpoint *e);
 
 /* ---- utlb.c: 0, or EFAULT when a page of the range may not be touched ---- */
 int utlb_translate(struct endpoint *e, uint64_t offset, uint64_t length);
+bool utlb_present(struct endpoint *e, uint64_t offset, uint64_t length); /* all pages, and at least one; not cached */
 void utlb_forget(uint32_t serial);
 
 /* ---- dma.c: 0, or EFAULT when memory of either side is not there ---- */
@@ -266,6 +275,10 @@ enum { WAKE_READERS = 1, WAKE_WRITERS = 2, WAKE_BOTH = 3 };
 void wake_slot(struct endpoint *e, uint32_t slot, int whom);
 void wake_completion(struct endpoint *e);
 void wake_notification(struct endpoint *e);
+void wake_all(struct endpoint *e);                      /* whoever sleeps in that program, in any call */
+void wake_waker(struct endpoint *e, uint32_t number);   /* an event descriptor */
+bool wake_is_harmless(int fd);                          /* is an event descriptor, and no other file */
+bool wake_start(void);                                  /* false: no timer */
 
 /* ---- sleep.c ---- */
 void sleep_until_work(bool (*have_work)(void));

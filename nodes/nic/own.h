@@ -141,7 +141,7 @@ struct binding {
   struct vmmc_address address;
 };
 
-enum { BINDINGS = 65536, PORT_BUCKETS = 512, STATE_BYTES = 64 << 20, OWN_BYTES = 64 << 20 };
+enum { BINDINGS = 65536, BINDINGS_STEP = 64 /* committed at a time */, PORT_BUCKETS = 512, STATE_BYTES = 64 << 20, OWN_BYTES = 64 << 20 };
 
 struct node_state {
   uint32_t magic, version;

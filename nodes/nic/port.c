@@ -47,7 +47,7 @@ static bool was_closed(const struct binding *b) {
   if (!e || e->serial != b->serial || !(connection_half(e, slot).shut & VMMC_CLOSED)) return false;
   struct connection *c = connection_of(e, slot);
   if (c->state != CONNECTION_IDLE && c->state != CONNECTION_LISTENING) return false;
-  connection_look(e, slot);
+  connection_end(e, slot); /* not a look: it would serve a request, which may ask for a port again */
   return !c->binding;
 }
 
@@ -62,20 +62,21 @@ static bool conflicts(const struct binding *candidate, uint32_t except) {
   return false;
 }
 
-static bool port_in_use(uint16_t port) {
-  for (uint32_t i = *bucket_of(port); i; i = nic.state->binding[i - 1].next)
-    if (nic.state->binding[i - 1].address.port == port) return true;
-  return false;
-}
+/* How many bindings a port has, so that looking for a free one costs the same however many are taken. */
+static uint32_t claims[UINT16_MAX + 1];
 
-/* Enters a binding, which counts once the connection refers to it.  0: the table is full. */
+/* Enters a binding, which counts once the connection refers to it.  0: no room, in the table or in memory. */
 static uint32_t enter(struct endpoint *e, uint32_t slot, const struct binding *candidate) {
   struct node_state *s = nic.state;
   uint32_t i = s->free_binding;
   if (i) {
     s->free_binding = s->binding[i - 1].next;
   } else {
-    if (s->bindings_end == BINDINGS) return 0;
+    uint32_t end = s->bindings_end;
+    if (end == BINDINGS) return 0;
+    if (end % BINDINGS_STEP == 0 && !segment_commit(nic.state_fd, offsetof(struct node_state, binding) + end * sizeof *s->binding,
+                                                    BINDINGS_STEP * sizeof *s->binding))
+      return 0;
     i = ++s->bindings_end;
   }
   struct binding *b = &s->binding[i - 1];
@@ -87,6 +88,7 @@ static uint32_t enter(struct endpoint *e, uint32_t slot, const struct binding *c
   b->generation = connection_of(e, slot)->generation;
   b->next = *bucket_of(b->address.port);
   *bucket_of(b->address.port) = i;
+  claims[b->address.port]++;
   in_order();
   return i;
 }
@@ -95,7 +97,7 @@ static uint16_t choose_port(void) {
   uint32_t range = EPHEMERAL_LAST - EPHEMERAL_FIRST + 1;
   for (uint32_t tries = 0; tries < range; tries++) {
     uint16_t port = (uint16_t)(EPHEMERAL_FIRST + nic.state->next_ephemeral++ % range);
-    if (!port_in_use(port)) return port;
+    if (!claims[port]) return port;
   }
   return 0;
 }
@@ -145,6 +147,7 @@ void port_release(struct connection *c) {
   for (uint32_t *at = bucket_of(b->address.port); *at; at = &nic.state->binding[*at - 1].next) {
     if (*at != c->binding) continue;
     *at = b->next;
+    claims[b->address.port]--;
     b->used = 0;
     b->next = nic.state->free_binding;
     nic.state->free_binding = c->binding;
@@ -176,12 +179,14 @@ struct binding *port_listener(const struct vmmc_address *to) {
 void ports_recover(void) {
   struct node_state *s = nic.state;
   memset(s->bucket, 0, sizeof s->bucket);
+  memset(claims, 0, sizeof claims);
   s->free_binding = 0;
   for (uint32_t i = s->bindings_end; i; i--) {
     struct binding *b = &s->binding[i - 1];
     struct endpoint *e = endpoint_find(b->endpoint, b->serial);
     struct connection *c = e && b->slot < VMMC_SLOTS ? connection_of(e, b->slot) : NULL;
     b->used = c && c->state != CONNECTION_NONE && c->generation == b->generation && c->binding == i;
+    claims[b->address.port] += b->used;
     uint32_t *head = b->used ? bucket_of(b->address.port) : &s->free_binding;
     b->next = *head;
     *head = i;

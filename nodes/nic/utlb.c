@@ -56,6 +56,21 @@ int utlb_translate(struct endpoint *e, uint64_t offset, uint64_t length) {
   return error;
 }
 
+bool utlb_present(struct endpoint *e, uint64_t offset, uint64_t length) {
+  if (!length || offset > VMMC_HEAP_BYTES || length > VMMC_HEAP_BYTES - offset) return false;
+  const _Atomic uint8_t *table = (const _Atomic uint8_t *)(e->app + VMMC_APP_UTLB);
+  uint64_t page = offset / VMMC_PAGE, end = (offset + length - 1) / VMMC_PAGE + 1;
+  for (; page < end; page++) {
+    enum { TOGETHER = sizeof(uint64_t) }; /* many are looked at together: an export may have 2^18 pages */
+    for (; page % TOGETHER == 0 && page + TOGETHER <= end; page += TOGETHER)
+      if (atomic_load_explicit((const _Atomic uint64_t *)(table + page), memory_order_acquire) !=
+          VMMC_UTLB_VALID * 0x0101010101010101u)
+        return false;
+    if (page < end && atomic_load_explicit(&table[page], memory_order_acquire) != VMMC_UTLB_VALID) return false;
+  }
+  return true;
+}
+
 void utlb_forget(uint32_t serial) {
   for (int set = 0; set < SETS; set++)
     for (int i = 0; i < WAYS; i++)

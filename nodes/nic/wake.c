@@ -5,9 +5,17 @@
  * the state again; here the state is stored first, then comes a seq_cst fence, then the look at the
  * announcement.  One of the two sees the other.
  */
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 
 #include "nic.h"
+
+#ifndef sigev_notify_thread_id /* glibc before 2.38 has no name for it */
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
 
 static void wake_word(struct endpoint *e, _Atomic uint32_t *word) {
   /* One writer, so load and store.  release: the woken one sees what it was woken for. */
@@ -39,14 +47,56 @@ static void enter_event(struct endpoint *e, uint32_t slot) {
   work->last_event = events + 1;
 }
 
+/*
+ * Event descriptors are the programs' own, and a program can make the write to one wait for ever: it fills the
+ * count and clears O_NONBLOCK, which belongs to the open file and not to our descriptor.  So no write begins
+ * without a timer that will interrupt it; the timer is set anew only when little of its time is left.
+ */
+enum { GUARD_NS = 100000000 };
+static timer_t guard;
+
+static void on_guard(int signal_number) { (void)signal_number; }
+
+bool wake_start(void) {
+  struct sigaction action = { .sa_handler = on_guard }; /* no SA_RESTART: the write ends with EINTR */
+  struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGUSR2 };
+  event.sigev_notify_thread_id = (pid_t)syscall(SYS_gettid);
+  return sigaction(SIGUSR2, &action, NULL) == 0 && timer_create(CLOCK_MONOTONIC, &event, &guard) == 0;
+}
+
+static void set_guard(void) {
+  static uint64_t expires_ns;
+  uint64_t now = vmmc_now_ns();
+  if (now + GUARD_NS / 2 < expires_ns) return;
+  expires_ns = now + GUARD_NS;
+  timer_settime(guard, 0, &(struct itimerspec){ .it_value.tv_nsec = GUARD_NS }, NULL);
+}
+
+bool wake_is_harmless(int fd) {
+  char path[40], target[32] = "";
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  return readlink(path, target, sizeof target - 1) > 0 && !strcmp(target, "anon_inode:[eventfd]");
+}
+
+void wake_waker(struct endpoint *e, uint32_t number) {
+  int *fd = &e->waker[number];
+  if (*fd < 0) return;
+  set_guard();
+  /* EAGAIN: its count is at the top, so it is readable already. */
+  if (eventfd_write(*fd, 1) == 0) {
+    COUNT(e, wakes, 1);
+  } else if (errno == EINTR) {
+    endpoint_nonsense(e, "event descriptor %u is full and was made to block; it is woken no more", number);
+    close(*fd);
+    *fd = -1;
+  }
+}
+
 static void wake_group(struct endpoint *e, uint32_t g) {
   struct vmmc_group_app *group = &app_header(e)->group[g];
   if (atomic_load(&group->asleep)) wake_word(e, &nic_header(e)->group_wake[g]);
-  for (uint64_t wakers = atomic_load(&group->wakers); wakers; wakers &= wakers - 1) {
-    int fd = e->waker[__builtin_ctzll(wakers)];
-    /* EAGAIN: its count is at the top, so it is readable already. */
-    if (fd >= 0 && eventfd_write(fd, 1) == 0) COUNT(e, wakes, 1);
-  }
+  for (uint64_t wakers = atomic_load(&group->wakers); wakers; wakers &= wakers - 1)
+    wake_waker(e, (uint32_t)__builtin_ctzll(wakers));
 }
 
 void wake_slot(struct endpoint *e, uint32_t slot, int whom) {
@@ -54,8 +104,12 @@ void wake_slot(struct endpoint *e, uint32_t slot, int whom) {
   struct vmmc_nic_slot *n = nic_slot(e, slot);
   if (e->dying) return;
   atomic_thread_fence(memory_order_seq_cst);
-  if ((whom & WAKE_READERS) && atomic_load_explicit(&a->asleep_rx, memory_order_relaxed)) wake_word(e, &n->wake_rx);
-  if ((whom & WAKE_WRITERS) && atomic_load_explicit(&a->asleep_tx, memory_order_relaxed)) wake_word(e, &n->wake_tx);
+  /* A program that is being detached may not say any more who sleeps. */
+  bool all = e->wrong;
+  if ((whom & WAKE_READERS) && (all || atomic_load_explicit(&a->asleep_rx, memory_order_relaxed)))
+    wake_word(e, &n->wake_rx);
+  if ((whom & WAKE_WRITERS) && (all || atomic_load_explicit(&a->asleep_tx, memory_order_relaxed)))
+    wake_word(e, &n->wake_tx);
   uint64_t watch = atomic_load_explicit(&a->watch, memory_order_relaxed);
   if (!watch) return;
   enter_event(e, slot);
@@ -74,4 +128,11 @@ void wake_notification(struct endpoint *e) {
   atomic_thread_fence(memory_order_seq_cst);
   if (atomic_load_explicit(&app_header(e)->asleep_notification, memory_order_relaxed))
     wake_word(e, &nic_header(e)->wake_notification);
+}
+
+void wake_all(struct endpoint *e) {
+  wake_word(e, &nic_header(e)->wake_completion);
+  wake_word(e, &nic_header(e)->wake_notification);
+  for (uint32_t g = 0; g < VMMC_GROUPS; g++) wake_word(e, &nic_header(e)->group_wake[g]);
+  for (uint32_t w = 0; w < VMMC_WAKERS; w++) wake_waker(e, w);
 }

@@ -36,6 +36,20 @@ static _Atomic uint8_t *entry(const struct vmmc_endpoint *v, uint64_t page) {
   return (_Atomic uint8_t *)(v->endpoint->app + VMMC_APP_UTLB) + page;
 }
 
+/* The table's own pages for the entries [first, end). */
+static bool commit_entries(struct vmmc_endpoint *v, uint64_t first, uint64_t end) {
+  for (uint64_t page = first / VMMC_PAGE; page <= (end - 1) / VMMC_PAGE; page++) {
+    if (v->utlb.committed >> page & 1) continue;
+    if (endpoint_commit((const void *)entry(v, page * VMMC_PAGE), VMMC_PAGE, true)) return false;
+    v->utlb.committed |= 1ull << page;
+  }
+  return true;
+}
+
+static bool has_entry(const struct vmmc_endpoint *v, uint64_t page) {
+  return v->utlb.committed >> (page / VMMC_PAGE) & 1 && atomic_load_explicit(entry(v, page), memory_order_relaxed);
+}
+
 /* ---- the list of pages that may be unpinned, from the oldest to the newest ---- */
 
 static void list_remove(struct vmmc_endpoint *v, uint32_t index) {
@@ -105,12 +119,12 @@ uint64_t utlb_hold(struct vmmc_endpoint *v, uint64_t offset, uint64_t length, in
 
   if (fresh) {
     char *memory = v->endpoint->app + VMMC_APP_HEAP + first * VMMC_PAGE;
-    if (madvise(memory, (upto - first) * VMMC_PAGE, MADV_POPULATE_WRITE)) {
+    if (madvise(memory, (upto - first) * VMMC_PAGE, MADV_POPULATE_WRITE) || !commit_entries(v, first, upto)) {
       *error = ENOMEM;
       for (uint64_t page = first; page < upto; page++) {
         page_release(v, (uint32_t)page);
         /* Those that were pinned only now have no entry yet. */
-        if (!v->heap.page[page].users && !atomic_load_explicit(entry(v, page), memory_order_relaxed))
+        if (!v->heap.page[page].users && !has_entry(v, page))
           utlb_unpin(v, (uint32_t)page);
       }
       return 0;

@@ -150,11 +150,21 @@ static int daemon_socket(const char *cluster, int node, char *path) {
 
 static pthread_mutex_t shared_lock = PTHREAD_MUTEX_INITIALIZER; /* guards the making of the shared one */
 
+/* Commands, redirections and answers lie in pages that are there: a full /dev/shm is an error now. */
+static int commit_tables(struct endpoint *e) {
+  uint64_t end = VMMC_APP_EXPORTS + VMMC_EXPORTS * sizeof(struct vmmc_app_export);
+  int error = endpoint_commit(e->app + VMMC_APP_COMMANDS, end - VMMC_APP_COMMANDS, true);
+  end = VMMC_NIC_NOTIFICATIONS + VMMC_NOTIFICATIONS * sizeof(struct vmmc_notification);
+  if (!error) error = endpoint_commit(e->nic + VMMC_NIC_COMPLETIONS, end - VMMC_NIC_COMPLETIONS, false);
+  return -error;
+}
+
 static struct vmmc_endpoint *wrap(struct endpoint *e, bool shared) {
-  struct vmmc_endpoint *v = calloc(1, sizeof *v);
+  int error = commit_tables(e);
+  struct vmmc_endpoint *v = error ? NULL : calloc(1, sizeof *v);
   if (!v || heap_start(v)) {
     free(v);
-    errno = ENOMEM;
+    errno = error ? error : ENOMEM;
     return NULL;
   }
   v->endpoint = e;
@@ -199,8 +209,9 @@ struct vmmc_endpoint *vmmc_attach(const char *cluster, int node) {
   }
   struct vmmc_endpoint *v = wrap(e, false);
   if (!v) {
+    error = errno;
     endpoint_detach(e);
-    errno = ENOMEM;
+    errno = error;
   }
   return v;
 }

@@ -45,6 +45,7 @@ struct heap {
 struct utlb {
   uint64_t limit, pinned, in_use; /* pages */
   uint32_t oldest, newest;        /* ends of the list of pages that may be unpinned, index + 1 */
+  uint64_t committed;             /* bit p: page p of the table is there */
 };
 
 struct operation { /* one command of the program's, or a transfer that takes several */
