@@ -126,6 +126,7 @@ struct vmmc_app_slot {
   uint64_t redirect_offset;                  /* where to, an offset in the app segment's heap */
   uint64_t redirect_length;
   uint64_t redirect_position; /* stream position of the first byte that goes to redirect_offset */
+  uint64_t redirect_wake;     /* stream position before which the receiver need not be woken, see below */
 };
 
 /* ---- the NIC's side of a socket ------------------------------------------------------------------ */
@@ -197,6 +198,10 @@ struct vmmc_accept_entry {
  *         [redirected_from, min(redirected_to, placed)) of redirected_post == generation tells what
  *         went there.  A NIC that died while it held a claim writes no more; its successor first
  *         lowers redirected_to to placed and then clears the claim.
+ *
+ * Bytes at their posted address are read: once those before the run are consumed, the NIC gives credit up to
+ * the end of the run as if the app had consumed it, and wakes no reader before `redirect_wake`.  So a large
+ * receive costs the receiver one wake, and the app stores `consumed` when the receive ends.
  *
  * The bytes that were redirected are one run, since bytes are placed in order: those before it went
  * to the default buffer (posted in the middle), those after it as well (the redirection was full).

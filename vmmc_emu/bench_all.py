@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import select
@@ -333,61 +334,81 @@ def idle_row(cluster: Cluster, connections: int, seconds: float, stack: contextl
 # ---- redirection ----
 
 
+WAYS = {"with": "heap", "without": "own"}
+"""What vmmc-bench-receive is told, to receive with redirection and without."""
+
+PATTERNS = {"asked": "the receiver posts, then asks", "stream": "the sender does not wait"}
+
+
 def redirection(
     cluster: Cluster,
     stack: contextlib.ExitStack,
     *,
-    size: int,
+    sizes: Sequence[int],
     rounds: int,
     seconds: float,
     progress: Progress = lambda done, total, what: None,
 ) -> dict[str, Any]:
-    """A stream into memory that the NIC reaches, beside one into the program's own: copies a byte, GB/s.
+    """Receives into memory that the NIC reaches, beside receives into the program's own: copies a byte, GB/s.
 
     Between nodes each byte is copied once by the receiving NIC, and again by the library when it was
     placed in a default buffer; the counters of the receiving node tell how many were.
     """
-    ways = {"with": "heap", "without": "own"}
-    paths = {
-        way: over_vmmc(cluster, stack, serving=("vmmc-bench-receive", memory, str(size)))
-        for way, memory in ways.items()
-    }
-    bandwidth: dict[str, list[float]] = {way: [] for way in ways}
-    counted = {way: {"bytes_received": 0, "bytes_redirected": 0, "bytes_copied": 0} for way in ways}
-    total, done = rounds * len(ways), 0
-    for number in range(rounds):
-        for way in list(ways)[:: 1 if number % 2 == 0 else -1]:
-            progress(done, total, f"{way} redirection")
-            before = cluster.node(1).counters()
-            bandwidth[way].append(KINDS["bandwidth"].figure(paths[way].run("stream", 65536, seconds)))
-            after = cluster.node(1).counters()
-            for name in counted[way]:
-                counted[way][name] += after[name] - before[name]
-            done += 1
-    progress(done, total, "")
-    report: dict[str, Any] = {"bench": "redirection", "size": size, "rounds": rounds}
-    for way, counts in counted.items():
-        received = max(counts["bytes_received"], 1)
-        report[way] = {
-            "copies_per_byte": 1 + counts["bytes_copied"] / received,
-            "redirected": counts["bytes_redirected"] / received,
-            "gb_s": {
-                "median": median(bandwidth[way]), "min": min(bandwidth[way]), "max": max(bandwidth[way]),
-                "rounds": bandwidth[way],
-            },
-        }  # fmt: skip
-    return report
+    total, rows = rounds * len(WAYS) * len(PATTERNS) * len(sizes), list[dict[str, Any]]()
+    done = itertools.count()
+    for size in sizes:
+        paths = {
+            way: over_vmmc(cluster, stack, serving=("vmmc-bench-receive", memory, str(size)))
+            for way, memory in WAYS.items()
+        }
+        for pattern in PATTERNS:
+            figures: dict[str, list[float]] = {way: [] for way in WAYS}
+            counted = {
+                way: dict.fromkeys(("bytes_received", "bytes_redirected", "bytes_copied"), 0) for way in WAYS
+            }
+            for number in range(rounds):
+                for way in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
+                    progress(next(done), total, f"{pattern}, {size} bytes, {way} redirection")
+                    before = cluster.node(1).counters()
+                    sample = paths[way].run(pattern, size if pattern == "asked" else 65536, seconds)
+                    figures[way].append(KINDS["bandwidth"].figure(sample))
+                    after = cluster.node(1).counters()
+                    for name in counted[way]:
+                        counted[way][name] += after[name] - before[name]
+            row: dict[str, Any] = {"size": size, "pattern": pattern}
+            for way, counts in counted.items():
+                received = max(counts["bytes_received"], 1)
+                row[way] = {
+                    "copies_per_byte": 1 + counts["bytes_copied"] / received,
+                    "redirected": counts["bytes_redirected"] / received,
+                    "gb_s": {
+                        "median": median(figures[way]), "min": min(figures[way]), "max": max(figures[way]),
+                        "rounds": figures[way],
+                    },
+                }  # fmt: skip
+            row["gain"] = row["with"]["gb_s"]["median"] / row["without"]["gb_s"]["median"]
+            rows.append(row)
+    progress(total, total, "")
+    return {"bench": "redirection", "rounds": rounds, "seconds_each": seconds, "rows": rows}
 
 
 def redirection_table(report: dict[str, Any]) -> Iterator[str]:
     """Lines for a terminal."""
-    yield f"receives of {report['size']} bytes, median of {report['rounds']} (lowest to highest)"
-    yield f"{'redirection':<12} {'copies a byte':>14} {'redirected':>11}  GB/s"
-    for way in ("with", "without"):
-        entry = report[way]
-        rate = entry["gb_s"]
-        figures = f"{short(rate['median'])} ({short(rate['min'])} to {short(rate['max'])})"
-        yield f"{way:<12} {entry['copies_per_byte']:>14.2f} {entry['redirected']:>11.0%}  {figures}"
+    yield f"receives: copies a byte, and GB/s: median of {report['rounds']} (lowest to highest)"
+    for pattern, meaning in PATTERNS.items():
+        yield ""
+        yield f"{pattern}: {meaning}"
+        yield f"{'bytes':>10}  {'with redirection':<40}  {'without':<40}  gain"
+        for row in report["rows"]:
+            if row["pattern"] != pattern:
+                continue
+            line = f"{row['size']:>10}"
+            for way in WAYS:
+                entry = row[way]
+                rate = entry["gb_s"]
+                spread = f"{short(rate['median'])} ({short(rate['min'])} to {short(rate['max'])})"
+                line += f"  {entry['copies_per_byte']:>5.2f}  {spread:<33}"
+            yield f"{line}  x{row['gain']:.2f}"
 
 
 # ---- showing ----

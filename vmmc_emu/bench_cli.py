@@ -187,24 +187,30 @@ def everything(
 @bench.command("redirection")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1, 1000))
 @click.option(
-    "--seconds", default=0.5, show_default=True, type=click.FloatRange(0.001, 600),
+    "--seconds", default=0.25, show_default=True, type=click.FloatRange(0.001, 600),
     help="How long each measurement lasts.",
 )  # fmt: skip
 @click.option(
-    "--size", default=1 << 20, show_default=True, type=click.IntRange(1, 1 << 25), help="Bytes a receive."
-)
+    "--size", "sizes", multiple=True, default=(65536, 262144, 1048576), show_default=True,
+    type=click.IntRange(1, 1 << 25), help="Bytes a receive; may be repeated.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def redirection(context: click.Context, rounds: int, seconds: float, size: int, as_json: bool) -> None:
+def redirection(
+    context: click.Context, rounds: int, seconds: float, sizes: tuple[int, ...], as_json: bool
+) -> None:
     """Receives into memory that the NIC reaches, beside receives into the program's own.
 
     A receive that waits has posted its address: bytes go straight there, copied once.  Elsewhere they go
     to the default buffer first, and the library copies them out.
+
+    asked: each block is asked for by its receiver, so it finds the receive posted.  stream: a sender that
+    does not wait, and is often ahead of the receiver.
     """
     with contextlib.ExitStack() as stack:
         report = everything_of.redirection(
             _cluster(context, stack), stack,
-            size=size, rounds=rounds, seconds=seconds, progress=_progress(),
+            sizes=sizes, rounds=rounds, seconds=seconds, progress=_progress(),
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(report, indent=2))

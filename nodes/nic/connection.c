@@ -79,6 +79,8 @@ static void prepare(struct endpoint *e, uint32_t slot) {
   atomic_store_explicit(&n->placed, 0, memory_order_relaxed);
   atomic_store_explicit(&n->status, 0, memory_order_relaxed);
   atomic_store_explicit(&n->redirected_post, 0, memory_order_relaxed);
+  atomic_store_explicit(&n->redirected_from, 0, memory_order_relaxed);
+  atomic_store_explicit(&n->redirected_to, 0, memory_order_relaxed);
   n->local = n->peer = (struct vmmc_address){ 0 };
   n->reply_error = 0;
   struct slot_work *work = &e->work[slot];
@@ -173,6 +175,14 @@ static uint32_t window_cap(struct endpoint *e, uint32_t slot) {
   return cap < VMMC_PAGE ? VMMC_PAGE : cap;
 }
 
+uint64_t connection_read(const struct endpoint *e, uint32_t slot) {
+  const struct vmmc_nic_slot *n = nic_slot(e, slot);
+  uint64_t consumed = connection_of(e, slot)->consumed;
+  uint64_t from = atomic_load_explicit(&n->redirected_from, memory_order_relaxed);
+  uint64_t to = atomic_load_explicit(&n->redirected_to, memory_order_relaxed);
+  return from <= consumed && consumed < to ? to : consumed;
+}
+
 /*
  * Credit.  The window begins small, so that ten thousand idle connections promise little, and doubles
  * when the sender was using more than half of it and the reader kept up.  A new limit is worth telling
@@ -183,11 +193,12 @@ uint64_t connection_credit(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
   uint32_t cap = window_cap(e, slot);
   uint32_t window = c->window > cap ? cap : c->window;
-  if (window < cap && c->told - c->placed < window / 2 && c->consumed - c->grown >= window / 4) {
+  uint64_t read = connection_read(e, slot);
+  if (window < cap && c->told - c->placed < window / 2 && read - c->grown >= window / 4) {
     window = window * 2 > cap ? cap : window * 2;
-    c->grown = c->consumed;
+    c->grown = read;
   }
-  uint64_t limit = c->consumed + window;
+  uint64_t limit = read + window;
   if (limit < c->told + window / 4) return c->told;
   if (!connection_commit(e, slot, limit)) return c->told;
   c->window = window;
@@ -195,11 +206,11 @@ uint64_t connection_credit(struct endpoint *e, uint32_t slot) {
   return limit;
 }
 
-static bool credit_due(struct endpoint *e, uint32_t slot) {
+bool connection_credit_due(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
   uint32_t cap = window_cap(e, slot);
   uint32_t window = c->window > cap ? cap : c->window;
-  return c->consumed + window >= c->told + window / 4;
+  return connection_read(e, slot) + window >= c->told + window / 4;
 }
 
 /* ---- requests ---- */
@@ -428,7 +439,7 @@ static void look_established(struct endpoint *e, uint32_t slot, const struct hal
   if (!half_is_sane(e, slot, h)) return;
   c->consumed = h->consumed;
   bool fin = (h->shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN);
-  if (h->written > c->transmitted || fin || (h->shut & VMMC_CLOSED) || credit_due(e, slot)) connection_enqueue(e, slot);
+  if (h->written > c->transmitted || fin || (h->shut & VMMC_CLOSED) || connection_credit_due(e, slot)) connection_enqueue(e, slot);
 }
 
 /* What is left to do when the app has closed a slot that no peer need hear of. */
@@ -519,7 +530,7 @@ static void transmit_established(struct endpoint *e, uint32_t slot, struct link 
       connection_fail(e, slot, EPIPE); /* a write to a peer that has closed */
     return;
   }
-  bool unread = c->placed > h.consumed && !(h.shut & VMMC_FORKED);
+  bool unread = c->placed > connection_read(e, slot) && !(h.shut & VMMC_FORKED);
   /* What was written before goes first, as it does over a loopback: an answer to a request that was refused
    * unread, say. */
   if (closed && ((h.shut & VMMC_ABORT) || unread) && h.written == c->transmitted) {
@@ -552,7 +563,7 @@ static void transmit_established(struct endpoint *e, uint32_t slot, struct link 
     link_push(link);
     in_order();
     c->flags |= SAID_FIN;
-  } else if (credit_due(e, slot)) {
+  } else if (connection_credit_due(e, slot)) {
     uint64_t told = c->told;
     if (connection_credit(e, slot) == told) return;
     say(link, e, slot, PACKET_CREDIT);

@@ -193,6 +193,9 @@ struct half {
   uint32_t shut; /* VMMC_SHUT_*, VMMC_CLOSED, VMMC_ABORT */
 };
 struct half connection_half(struct endpoint *e, uint32_t slot);
+/* Stream position up to which bytes are read: consumed by the app, or at an address that it posted. */
+uint64_t connection_read(const struct endpoint *e, uint32_t slot);
+bool connection_credit_due(struct endpoint *e, uint32_t slot); /* there is enough to tell */
 uint64_t connection_credit(struct endpoint *e, uint32_t slot); /* the limit to tell the peer now */
 bool connection_transmit(struct work *work, struct link *link);
 void connection_fail(struct endpoint *e, uint32_t slot, int error); /* the connection is dead */

@@ -41,6 +41,18 @@ static int copy_run(struct endpoint *e, uint32_t slot, const char *ring, uint64_
   return 0;
 }
 
+/*
+ * A receive whose address is posted waits for more, and has nothing to do before that has come: not even to
+ * give the sender room.  The claim is held, so its words are still those of this receive.
+ */
+static bool receiver_sleeps_on(struct endpoint *e, uint32_t slot, const struct redirection *r) {
+  struct connection *c = connection_of(e, slot);
+  struct half h = connection_half(e, slot);
+  if (h.consumed > c->consumed && h.consumed <= c->placed) c->consumed = h.consumed;
+  uint64_t wake = *(const volatile uint64_t *)&app_slot(e, slot)->redirect_wake;
+  return r->claimed && c->placed < wake && connection_read(e, slot) == c->placed;
+}
+
 void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   struct connection *c = connection_of(e, slot);
   struct slot_work *work = &e->work[slot];
@@ -75,6 +87,7 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   atomic_store_explicit(&nic_slot(e, slot)->placed, at, memory_order_release);
   in_order();
   c->placed = at;
+  bool asleep = redirected && receiver_sleeps_on(e, slot, &r);
   redirect_done(&r);
   COUNT(e, bytes_received, moved);
   COUNT(e, bytes_redirected, redirected);
@@ -84,5 +97,7 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
     connection_fail(e, slot, ECONNRESET);
     return;
   }
-  wake_slot(e, slot, WAKE_READERS);
+  /* Without a look at the slot the app's newest position is not known here. */
+  if (redirected && connection_credit_due(e, slot)) connection_enqueue(e, slot);
+  if (!asleep) wake_slot(e, slot, WAKE_READERS);
 }

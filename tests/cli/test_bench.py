@@ -68,10 +68,16 @@ def test_a_path_that_is_not_there(cli: Cli) -> None:
 
 
 def test_redirection(up: Cli) -> None:
-    report = json.loads(up.ok("bench", "redirection", "--rounds", 1, "--seconds", 0.05, "--json"))
-    assert report["without"]["redirected"] == 0
-    assert report["without"]["copies_per_byte"] == 2  # into the default buffer, and out of it
-    # How many bytes find a receive posted depends on the machine; each one that does is copied once.
-    ours = report["with"]
-    assert abs(ours["copies_per_byte"] + ours["redirected"] - 2) < 0.01
-    assert ours["gb_s"]["median"] > 0
+    arguments = ("--rounds", 1, "--seconds", 0.05, "--size", 65536, "--json")
+    report = json.loads(up.ok("bench", "redirection", *arguments))
+    assert [(row["pattern"], row["size"]) for row in report["rows"]] == [("asked", 65536), ("stream", 65536)]
+    for row in report["rows"]:
+        assert row["without"]["redirected"] == 0
+        assert row["without"]["copies_per_byte"] == 2  # into the default buffer, and out of it
+        # How many bytes find a receive posted depends on the machine; each one that does is copied once.
+        ours = row["with"]
+        assert abs(ours["copies_per_byte"] + ours["redirected"] - 2) < 0.01
+        assert ours["gb_s"]["median"] > 0
+    from vmmc_emu import bench_all
+
+    assert list(bench_all.redirection_table(report))[-1].split()[0] == "65536"

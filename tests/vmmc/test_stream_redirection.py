@@ -7,6 +7,7 @@ receive is posted, and what comes after.  Streams go round the ring, its end inc
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -49,6 +50,17 @@ class Reader:
         assert self.process.stdin is not None
         self.process.stdin.write(b"g")
         self.process.stdin.flush()
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The program does nothing in here."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 Reading = Callable[..., AbstractContextManager[Reader]]
@@ -159,10 +171,40 @@ def test_longer_than_the_ring(reader: Reading, pattern: Pattern) -> None:
         assert r.counted("bytes_copied") == 0
 
 
-def test_without_any_order(reader: Reading, pattern: Pattern) -> None:
-    sent = pattern(100 * 50_000)
-    with reader(50_000, 100) as r:
-        for _ in range(100):
+def test_the_program_is_not_needed_meanwhile(reader: Reading, pattern: Pattern) -> None:
+    """What is at its posted address is read: the NIC gives the sender its room back by itself."""
+    length, seen = 4 * RING, 3 * RING
+    sent = pattern(length)
+    with reader(length, 1) as r:
+        r.go()
+        r.until("redirections_posted", 1)
+        with stopped(r.process.pid):
+            r.connection.sendall(sent[:seen])
+            r.until("bytes_redirected", seen)
+        r.connection.sendall(sent[seen:])
+        assert result(r) == sent
+        assert r.counted("bytes_copied") == 0
+
+
+def test_longer_than_the_ring_and_posted_in_the_middle(reader: Reading, pattern: Pattern) -> None:
+    length = 3 * RING
+    sent = pattern(length)
+    with reader(length, 1) as r:
+        r.connection.sendall(sent[:1000])
+        r.until("bytes_default", 1000)
+        r.go()
+        r.until("redirections_posted", 1)
+        r.connection.sendall(sent[1000:])
+        assert result(r) == sent
+        assert r.counted("bytes_redirected") + r.counted("bytes_default") == length
+        assert r.counted("bytes_copied") == r.counted("bytes_default")
+
+
+@pytest.mark.parametrize(("chunk", "rounds"), [(50_000, 100), (RING, 40)])
+def test_without_any_order(reader: Reading, pattern: Pattern, chunk: int, rounds: int) -> None:
+    sent = pattern(rounds * chunk)
+    with reader(chunk, rounds) as r:
+        for _ in range(rounds):
             r.go()
         r.connection.sendall(sent)
         assert result(r) == sent

@@ -1,14 +1,16 @@
 /*
- * bench_receive.c: the receiving side of vmmc-bench's stream, into memory of a kind that is chosen.
+ * bench_receive.c: the receiving side of vmmc-bench's `stream` and `asked`, into memory of a kind that is chosen.
  *
  *     vmmc-bench-receive heap|own BYTES     serves until it is killed; BYTES a receive
  *
  * heap: memory of vmmc_alloc, which the NIC reaches: a receive that waits has posted its address, and the
  * bytes go straight there.  own: memory of malloc, into which the library copies.  All else is the same.
+ * To `asked` it says a byte before each receive, so that the answer finds the receive posted.
  */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,7 +20,7 @@
 
 #include "vmmc.h"
 
-enum { OPENING_BYTES = 8 }; /* what vmmc-bench says first */
+enum { ASKED = 3 }; /* vmmc-bench says first, in network order: what kind of conversation, and a size */
 
 static void fail(const char *what) {
   fprintf(stderr, "vmmc-bench-receive: %s: %s\n", what, strerror(errno));
@@ -26,11 +28,12 @@ static void fail(const char *what) {
 }
 
 static void serve(int fd, char *block, size_t size) {
-  char opening[OPENING_BYTES];
+  uint32_t opening[2];
   if (recv(fd, opening, sizeof opening, MSG_WAITALL) != sizeof opening) return;
+  bool asks = ntohl(opening[0]) == ASKED;
   uint64_t total = 0;
   ssize_t n;
-  while ((n = recv(fd, block, size, MSG_WAITALL)) > 0) total += (uint64_t)n;
+  while ((!asks || send(fd, "", 1, MSG_NOSIGNAL) == 1) && (n = recv(fd, block, size, MSG_WAITALL)) > 0) total += (uint64_t)n;
   if (n < 0) fail("recv");
   if (send(fd, &total, sizeof total, MSG_NOSIGNAL) != sizeof total) fail("send");
 }

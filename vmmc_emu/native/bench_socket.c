@@ -6,6 +6,7 @@
  *     vmmc-bench server PORT                          serves until it is killed; port 0: any
  *     vmmc-bench latency HOST PORT BYTES SECONDS      ping-pong of BYTES
  *     vmmc-bench stream HOST PORT BYTES SECONDS       one direction, BYTES a write
+ *     vmmc-bench asked HOST PORT BYTES SECONDS        BYTES each time that vmmc-bench-receive asks for them
  *     vmmc-bench connect HOST PORT SECONDS            connects, exchanges a byte and closes, again and again
  *     vmmc-bench hold HOST PORT COUNT                 COUNT connections that do nothing, until stdin ends
  *     vmmc-bench pair latency|stream BYTES SECONDS    the same over an AF_UNIX socket pair, with a child
@@ -32,7 +33,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum kind { LATENCY, STREAM, HOLD };
+enum kind { LATENCY, STREAM, HOLD, ASKED };
 
 /* What a client sends first, in network order: its first byte is 0.  Any other first byte is sent back, and
  * that was the conversation. */
@@ -249,9 +250,33 @@ static void measure_stream(int fd, size_t size, double seconds) {
          (unsigned long long)writes, (unsigned long long)(writes * size), elapsed);
 }
 
+/* Each block is asked for by the receiver, just before it receives: the clock stands when it asks again. */
+static void measure_asked(int fd, size_t size, double seconds) {
+  char *block = filled_block(size), ask;
+  double begin = now(), start = 0, t = begin;
+  uint64_t blocks = 0, blocks_before = 0; /* in all, and when the clock started */
+  for (;; blocks++) {
+    if (receive_all(fd, &ask, 1) != 1) fail("the server ended the connection");
+    t = now();
+    if (!start && t >= begin + seconds * WARM_UP) start = t, blocks_before = blocks;
+    else if (t >= begin + seconds && blocks > blocks_before) break;
+    send_all(fd, block, size);
+  }
+  if (shutdown(fd, SHUT_WR) < 0) fail("shutdown");
+  uint64_t total;
+  if (receive_all(fd, (char *)&total, sizeof total) != sizeof total || total != blocks * size) {
+    fprintf(stderr, "vmmc-bench: the server did not receive what was sent\n");
+    exit(1);
+  }
+  blocks -= blocks_before;
+  printf("{\"kind\": \"asked\", \"size\": %zu, \"writes\": %llu, \"bytes\": %llu, \"seconds\": %.6f}\n", size,
+         (unsigned long long)blocks, (unsigned long long)(blocks * size), t - start);
+}
+
 static void measure(int fd, enum kind kind, size_t size, double seconds) {
   open_with(fd, kind, size);
   if (kind == LATENCY) measure_latency(fd, size, seconds);
+  else if (kind == ASKED) measure_asked(fd, size, seconds);
   else measure_stream(fd, size, seconds);
   close(fd);
 }
@@ -346,7 +371,7 @@ static void spin(void) {
 
 static int usage(void) {
   fprintf(stderr, "usage: vmmc-bench server PORT\n"
-                  "       vmmc-bench latency|stream HOST PORT BYTES SECONDS\n"
+                  "       vmmc-bench latency|stream|asked HOST PORT BYTES SECONDS\n"
                   "       vmmc-bench connect HOST PORT SECONDS\n"
                   "       vmmc-bench hold HOST PORT COUNT\n"
                   "       vmmc-bench pair latency|stream BYTES SECONDS\n"
@@ -359,11 +384,11 @@ int main(int argc, char **argv) {
   const char *mode = argc > 1 ? argv[1] : "";
   bool pair = argc == 5 && !strcmp(mode, "pair");
   const char *what = pair ? argv[2] : mode;
-  bool latency = !strcmp(what, "latency"), stream = !strcmp(what, "stream");
-  if ((pair || argc == 6) && (latency || stream)) {
+  bool latency = !strcmp(what, "latency"), stream = !strcmp(what, "stream"), asked = !pair && !strcmp(what, "asked");
+  if ((pair || argc == 6) && (latency || stream || asked)) {
     const char *bytes = argv[argc - 2];
     double seconds = atof(argv[argc - 1]);
-    enum kind kind = latency ? LATENCY : STREAM;
+    enum kind kind = latency ? LATENCY : asked ? ASKED : STREAM;
     long size = atol(bytes);
     if (size < 1 || size > LARGEST) {
       fprintf(stderr, "vmmc-bench: BYTES is %s, must be 1 to %d\n", bytes, LARGEST);

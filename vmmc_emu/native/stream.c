@@ -257,6 +257,11 @@ static uint64_t first_window(const struct vsocket *s) {
   return buffer < VMMC_PAGE ? VMMC_PAGE : buffer;
 }
 
+static void tell_consumed(struct vsocket *s, uint64_t consumed) {
+  s->rung = consumed;
+  endpoint_ring_slot(s->endpoint, s->slot);
+}
+
 /* `n` more bytes are read.  receive_lock is held. */
 static void consume(struct vsocket *s, uint64_t n) {
   struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
@@ -269,8 +274,7 @@ static void consume(struct vsocket *s, uint64_t n) {
   atomic_store_explicit(&a->consumed, consumed, memory_order_release);
   uint64_t untold = consumed - s->rung;
   if (untold < first_window(s) / 4 || (n < waiting && untold < s->outstanding / 4)) return;
-  s->rung = consumed;
-  endpoint_ring_slot(s->endpoint, s->slot);
+  tell_consumed(s, consumed);
 }
 
 /* ---- redirection of a receive ---- */
@@ -286,17 +290,19 @@ struct redirected_receive {
 
 /* Posts the address, when it lies in the heap.  receive_lock is held. */
 static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char *destination,
-                          uint64_t length) {
+                          uint64_t length, uint64_t target) {
   if (!heap_hold(s->endpoint, destination, length, &r->offset)) return false;
   struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
   r->socket = s;
   r->destination = destination;
   r->length = length;
+  r->target = target;
   r->position = atomic_load_explicit(&a->consumed, memory_order_relaxed);
   r->generation = ++slot_memory(s->endpoint, s->slot)->redirections;
   a->redirect_offset = r->offset;
   a->redirect_length = length;
   a->redirect_position = r->position;
+  a->redirect_wake = r->position + r->target;
   s->redirecting = true;
   COUNT_APP(s, redirections_posted, 1);
   /* release: the NIC that sees the generation sees what it stands for */
@@ -342,8 +348,11 @@ static void redirect_progress(struct redirected_receive *r) {
   copy_from_ring(ring, at, &(struct pieces){ &head, 1, 0 }, head.iov_len);
   copy_from_ring(ring, to, &(struct pieces){ &tail, 1, 0 }, tail.iov_len);
   uint64_t copied = head.iov_len + tail.iov_len;
-  if (copied) COUNT_APP(s, bytes_copied, copied);
   consume(s, end - at);
+  if (!copied) return;
+  COUNT_APP(s, bytes_copied, copied);
+  /* Until the NIC hears that what came before the redirected run is read, it gives no credit for the run. */
+  if (s->rung != end) tell_consumed(s, end);
 }
 
 /*
@@ -367,8 +376,18 @@ static void redirect_withdraw(struct redirected_receive *r) {
   }
 }
 
+/* The receiver has nothing to do yet: all that came is where it belongs, and more is waited for.  Only it moves
+ * `consumed`, so this needs no lock. */
+static bool redirect_sleeps_on(const struct redirected_receive *r) {
+  uint64_t at = redirect_consumed(r), end = at + arrival(r->socket).waiting, from, to;
+  if (arrival(r->socket).ended || end - r->position >= r->target) return false;
+  redirect_told(r, at, end, &from, &to);
+  return end == at || (from == at && to == end);
+}
+
 static bool redirect_is_over(void *context) {
   struct redirected_receive *r = context;
+  if (redirect_sleeps_on(r)) return false;
   critical_lock(&r->socket->receive_lock);
   redirect_progress(r);
   bool over = redirect_consumed(r) - r->position >= r->target || arrival(r->socket).ended;
@@ -449,11 +468,10 @@ static void receive_prepare(struct receive *r, uint64_t waiting) {
   if (r->flags & (MSG_PEEK | MSG_TRUNC) || pieces_are_nowhere(&r->to)) return;
   if (r->to.count == 1 && r->length) {
     char *destination = (char *)r->to.vector->iov_base + r->to.offset;
-    r->redirecting = redirect_post(r->socket, &r->redirect, destination, r->length - r->got);
+    r->redirecting = redirect_post(r->socket, &r->redirect, destination, r->length - r->got,
+                                   receive_target(r));
   }
-  if (r->redirecting)
-    r->redirect.target = receive_target(r);
-  else if (r->flags & MSG_WAITALL)
+  if (!r->redirecting && (r->flags & MSG_WAITALL))
     receive_some(r, waiting); /* the sender may need the room */
 }
 
