@@ -41,7 +41,8 @@ enum {
   VMMC_ACTIVE_SLOTS = 16384,   /* socket slots that the app allocates: [0, ACTIVE) */
   VMMC_SLOTS = 32768,          /* the NIC allocates [ACTIVE, SLOTS), for connections it accepts */
   VMMC_RING = 1024 * 1024,     /* bytes of a socket's transmit ring and of its default buffer */
-  VMMC_FIRST_WINDOW = 16384,   /* bytes of credit that a new connection starts with */
+  VMMC_FIRST_WINDOW = 4096,    /* bytes that a new connection's sender may send, and a long idle one's */
+  VMMC_LEAST_WINDOW = 16384,   /* what the window becomes, at least, as soon as a sender has used it up */
   VMMC_COMMANDS = 256,         /* VMMC commands outstanding in one endpoint */
   VMMC_EXPORTS = 1024,         /* buffers that one endpoint may export at a time */
   VMMC_NOTIFICATIONS = 1024,   /* notifications that wait to be taken */
@@ -112,9 +113,12 @@ struct vmmc_app_slot {
   _Atomic uint32_t receive_window; /* SO_RCVBUF in bytes, 0: the default; the NIC caps credit by it */
 
   /* line 1: transmit.  Writer: app. */
-  _Alignas(VMMC_LINE) _Atomic uint64_t written; /* stream position up to which bytes lie in the ring */
+  _Alignas(VMMC_LINE) _Atomic uint64_t written; /* stream position up to which bytes lie in the ring; at
+                                                   most the send window past nic_slot.acknowledged */
   _Atomic uint32_t shut;                        /* VMMC_SHUT_*, bits only ever added in a generation */
   _Atomic uint32_t asleep_tx;                   /* threads that sleep on nic_slot.wake_tx */
+  _Atomic uint32_t sending;                     /* 1: a thread stores into the ring, see "Idle rings" */
+  _Atomic uint32_t send_window;                 /* SO_SNDBUF in bytes, 0: the default (VMMC_RING) */
 
   /* line 2: receive.  Writer: app. */
   _Alignas(VMMC_LINE) _Atomic uint64_t consumed; /* stream position up to which the app has read */
@@ -159,10 +163,14 @@ struct vmmc_nic_slot {
   uint32_t peer_node;
 
   /* line 1: transmit.  Writer: NIC. */
-  _Alignas(VMMC_LINE) _Atomic uint64_t limit; /* stream position up to which the app may write */
+  _Alignas(VMMC_LINE) _Atomic uint64_t acknowledged; /* stream position up to which the peer's NIC has the bytes:
+                                                 their places in the ring are free.  Told in steps, so that
+                                                 it may lag by a quarter of the send window */
   _Atomic uint64_t transmitted;               /* handed to the link */
   _Atomic uint32_t wake_tx;                   /* changed when something that a writer, connector or
                                                  requester waits for happened and asleep_tx was set */
+  _Atomic uint32_t ring_taken;                /* odd: the NIC takes the ring's pages back now; raised by two
+                                                 whenever it may have, see "Idle rings" */
 
   /* line 2: receive.  Writer: NIC. */
   _Alignas(VMMC_LINE) _Atomic uint64_t placed; /* stream position up to which bytes have arrived */
@@ -205,6 +213,22 @@ struct vmmc_accept_entry {
  *
  * The bytes that were redirected are one run, since bytes are placed in order: those before it went
  * to the default buffer (posted in the middle), those after it as well (the redirection was full).
+ */
+
+/*
+ * Idle rings.  A connection that was idle for a while keeps no pages of its transmit ring: its NIC takes
+ * them, since it knows when nothing has moved and wakes nobody for it.  The app must not be storing there:
+ *
+ *   app, to send:  sending = 1; look at ring_taken, while it is odd: sending = 0 and wait.  When it is another
+ *                  than last time, none of the ring's pages count as committed.  Store bytes, `written`, then
+ *                  sending = 0 (release).
+ *   NIC, to take:  ring_taken odd; a barrier in all threads of the program (membarrier, for which the library
+ *                  registers: vmmc_app_header.barriers); then, only if sending is 0 and all of `written` (read
+ *                  after it) is acknowledged: takes the pages; ring_taken even (release).
+ *
+ * The app's first two steps need no fence: each of its threads passes the barrier either behind its sending = 1,
+ * which the NIC then sees, or before it, and then the thread sees the odd number.  A successor makes odd ones
+ * even.  The pages of default buffers are the NIC's own: it takes what lies outside [consumed, limit told).
  */
 
 /* ---- VMMC commands -------------------------------------------------------------------------------- */
@@ -398,6 +422,7 @@ struct vmmc_app_header {
   uint32_t magic, version; /* writer: app, once */
   int32_t pid;
   char command[20]; /* for ps and logs: the program's name, not trusted */
+  uint32_t barriers; /* 1: the process is registered for membarrier: idle rings may be taken back */
 
   /* the endpoint's doorbell.  Set by app, cleared by NIC (idempotent: a lost clear costs a look) */
   _Alignas(VMMC_LINE) _Atomic uint64_t summary[VMMC_SUMMARY_WORDS];

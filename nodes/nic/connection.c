@@ -36,13 +36,30 @@ struct half connection_half(struct endpoint *e, uint32_t slot) {
 
 bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto) {
   struct connection *c = connection_of(e, slot);
-  if (upto > VMMC_RING) upto = VMMC_RING;
   upto = (upto + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
-  if (upto <= c->committed) return true;
-  if (!segment_commit(e->nic_fd, VMMC_NIC_RINGS + (uint64_t)slot * VMMC_RING + c->committed, upto - c->committed))
-    return false;
-  c->committed = upto;
+  if (upto > c->committed_from + VMMC_RING) upto = c->committed_from + VMMC_RING;
+  while (c->committed_to < upto) { /* twice where the range goes around the ring's end */
+    uint64_t offset = c->committed_to % VMMC_RING, run = VMMC_RING - offset;
+    if (run > upto - c->committed_to) run = upto - c->committed_to;
+    if (!segment_commit(e->nic_fd, VMMC_NIC_RINGS + (uint64_t)slot * VMMC_RING + offset, run)) return false;
+    c->committed_to += run;
+  }
+  give_back_later(e, slot);
   return true;
+}
+
+/* The slot's next connection begins at position 0, and what is allocated there stays. */
+static void rewind_ring(struct connection *c) {
+  uint64_t length = c->committed_to - c->committed_from;
+  if (length > VMMC_RING) length = VMMC_RING;
+  bool stays = c->committed_from % VMMC_RING == 0 || length == VMMC_RING;
+  /* In this order a successor finds no more than there is. */
+  c->committed_to = c->committed_from;
+  in_order();
+  c->committed_to = c->committed_from = 0;
+  in_order();
+  if (stays) c->committed_to = length;
+  /* What is allocated elsewhere in the ring is left to the next sweep that finds the connection idle. */
 }
 
 /* The pages of the control structures of all slots up to this one. */
@@ -70,11 +87,11 @@ static void prepare(struct endpoint *e, uint32_t slot) {
   struct vmmc_nic_slot *n = nic_slot(e, slot);
   c->flags = 0;
   /* What was requested, and the committed memory, go on from one connection to the next. */
-  memset(&c->local, 0, offsetof(struct connection, committed) - offsetof(struct connection, local));
+  memset(&c->local, 0, offsetof(struct connection, committed_from) - offsetof(struct connection, local));
   memset(c->waiting, 0, sizeof c->waiting);
   c->window = VMMC_FIRST_WINDOW;
   /* In the app's sight this slot is not its generation's until publish(). */
-  atomic_store_explicit(&n->limit, 0, memory_order_relaxed);
+  atomic_store_explicit(&n->acknowledged, 0, memory_order_relaxed);
   atomic_store_explicit(&n->transmitted, 0, memory_order_relaxed);
   atomic_store_explicit(&n->placed, 0, memory_order_relaxed);
   atomic_store_explicit(&n->status, 0, memory_order_relaxed);
@@ -122,6 +139,7 @@ static void finish(struct endpoint *e, uint32_t slot) {
   /* release: the app that finds it free finds everything else done with */
   atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_FREE, memory_order_release);
   wake_slot(e, slot, WAKE_WRITERS); /* a close that lingers waits for this */
+  if (c->committed_to > c->committed_from) give_back_later(e, slot);
 }
 
 /* A slot for a connection that this node accepts; VMMC_SLOTS: none is free. */
@@ -129,6 +147,7 @@ static uint32_t take_passive(struct endpoint *e) {
   struct own *own = e->own;
   uint32_t slot = own->free_passive ? own->free_passive - 1 : own->passive_end;
   if (slot >= VMMC_SLOTS || !commit_slot(e, slot)) return VMMC_SLOTS;
+  rewind_ring(connection_of(e, slot));
   if (!connection_commit(e, slot, VMMC_FIRST_WINDOW)) {
     if (!own->free_passive) { /* fresh: keep it for later */
       connection_of(e, slot)->next_free = 0;
@@ -170,7 +189,11 @@ void connection_fail(struct endpoint *e, uint32_t slot, int error) {
 }
 
 static uint32_t window_cap(struct endpoint *e, uint32_t slot) {
-  uint32_t cap = atomic_load_explicit(&app_slot(e, slot)->receive_window, memory_order_relaxed);
+  struct connection *c = connection_of(e, slot);
+  /* Before it is accepted it is its listener's. */
+  bool accepted = atomic_load_explicit(&app_slot(e, slot)->generation, memory_order_acquire) == c->generation;
+  uint32_t told_by = (c->flags & PASSIVE) && !accepted ? c->listener : slot;
+  uint32_t cap = atomic_load_explicit(&app_slot(e, told_by)->receive_window, memory_order_relaxed);
   if (!cap || cap > VMMC_RING) return VMMC_RING;
   return cap < VMMC_PAGE ? VMMC_PAGE : cap;
 }
@@ -184,32 +207,50 @@ uint64_t connection_read(const struct endpoint *e, uint32_t slot) {
 }
 
 /*
- * Credit.  The window begins small, so that ten thousand idle connections promise little, and doubles
- * when the sender was using more than half of it and the reader kept up.  A new limit is worth telling
- * when it opens a quarter of the window: the library rings after a quarter of the first window, so a
- * sender without room is always told once the reader has read what is there.
+ * Credit.  The window begins with a page, so that ten thousand idle connections promise little.  A sender
+ * that has used all of it gets VMMC_LEAST_WINDOW at once, and then twice as much each time, up to
+ * UNREAD_WINDOW, although nothing was read.  Beyond that it doubles when the sender was using more than half
+ * of it and the reader kept up.  A new limit is worth telling when it opens a quarter of the window: the
+ * library rings after a quarter of the least window, so a sender without credit is always told once the
+ * reader has read what is there.
  */
+enum { UNREAD_WINDOW = 64 * 1024 };
+
+static bool all_used(const struct connection *c) { return c->placed == c->told; }
+
+/* The window that the connection should have now. */
+static uint32_t window_now(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  uint32_t cap = window_cap(e, slot), window = c->window > cap ? cap : c->window;
+  bool keeps_up = c->told - c->placed < window / 2 && connection_read(e, slot) - c->grown >= window / 4;
+  if (keeps_up || (all_used(c) && window < UNREAD_WINDOW))
+    window = window < VMMC_LEAST_WINDOW / 2 ? VMMC_LEAST_WINDOW : window * 2;
+  return window > cap ? cap : window;
+}
+
 uint64_t connection_credit(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
-  uint32_t cap = window_cap(e, slot);
-  uint32_t window = c->window > cap ? cap : c->window;
-  uint64_t read = connection_read(e, slot);
-  if (window < cap && c->told - c->placed < window / 2 && read - c->grown >= window / 4) {
-    window = window * 2 > cap ? cap : window * 2;
-    c->grown = read;
-  }
-  uint64_t limit = read + window;
+  uint32_t window = window_now(e, slot);
+  uint64_t read = connection_read(e, slot), limit = read + window;
   if (limit < c->told + window / 4) return c->told;
-  if (!connection_commit(e, slot, limit)) return c->told;
+  if (!connection_commit(e, slot, limit)) {
+    /* Memory is short: with what lies behind the reader given back, as much as before. */
+    window = window > c->window ? c->window : window;
+    limit = read + window;
+    give_back_unused(e, slot);
+    if (limit <= c->told || !connection_commit(e, slot, limit)) return c->told;
+  }
+  if (window > c->window) c->grown = read;
   c->window = window;
+  c->recalling = 0; /* a RECALL on its way is void */
+  in_order();
   c->told = limit;
   return limit;
 }
 
 bool connection_credit_due(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
-  uint32_t cap = window_cap(e, slot);
-  uint32_t window = c->window > cap ? cap : c->window;
+  uint32_t window = window_now(e, slot);
   return connection_read(e, slot) + window >= c->told + window / 4;
 }
 
@@ -403,7 +444,6 @@ static void answer_connect(struct link *link, const struct packet *p) {
   n->local = c->local;
   n->peer = c->peer;
   n->peer_node = c->far_node;
-  atomic_store_explicit(&n->limit, p->limit, memory_order_relaxed);
   atomic_store_explicit(&n->status, VMMC_CONNECTED, memory_order_relaxed);
   enter(e, slot, generation, CONNECTION_ESTABLISHED);
   publish(e, slot, VMMC_ESTABLISHED);
@@ -426,7 +466,7 @@ static void answer_connect(struct link *link, const struct packet *p) {
 /* True when the half's positions can be: hostile ones end the connection. */
 static bool half_is_sane(struct endpoint *e, uint32_t slot, const struct half *h) {
   struct connection *c = connection_of(e, slot);
-  if (h->written >= c->transmitted && h->written <= c->far_limit && h->consumed >= c->consumed && h->consumed <= c->placed)
+  if (h->written >= c->transmitted && h->written <= c->acknowledged + VMMC_RING && h->consumed >= c->consumed && h->consumed <= c->placed)
     return true;
   endpoint_nonsense(e, "impossible stream positions in slot %u; its connection is reset", slot);
   reset_far(e, slot);
@@ -434,12 +474,34 @@ static bool half_is_sane(struct endpoint *e, uint32_t slot, const struct half *h
   return false;
 }
 
+/* What an established connection's peer is to hear next: a packet's type, or PACKET_NONE. */
+static uint8_t next_to_say(struct endpoint *e, uint32_t slot, const struct half *h) {
+  struct connection *c = connection_of(e, slot);
+  bool closed = h->shut & VMMC_CLOSED;
+  if (c->flags & HEARD_CLOSE) return PACKET_NONE;
+  bool unsent = h->written > c->transmitted, sendable = unsent && c->transmitted < c->far_limit;
+  bool unread = c->placed > connection_read(e, slot) && !(h->shut & VMMC_FORKED);
+  /* What was written before goes first, as far as the peer takes it and as it does over a loopback: an answer
+   * to a request that was refused unread, say. */
+  if (closed && ((h->shut & VMMC_ABORT) || unread) && !sendable) return PACKET_RESET;
+  if (c->flags & TELL_AGAIN) return PACKET_CREDIT;
+  if (sendable) return PACKET_DATA;
+  if (!unsent && closed) return PACKET_CLOSE;
+  if (!unsent && (h->shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN)) return PACKET_FIN;
+  if ((c->flags & TELL_PLACED) || connection_credit_due(e, slot)) return PACKET_CREDIT;
+  return c->flags & SAY_IDLE ? PACKET_RECALL : PACKET_NONE;
+}
+
+bool connection_wants_to_say(struct endpoint *e, uint32_t slot, const struct half *h) {
+  return next_to_say(e, slot, h) != PACKET_NONE;
+}
+
 static void look_established(struct endpoint *e, uint32_t slot, const struct half *h) {
   struct connection *c = connection_of(e, slot);
   if (!half_is_sane(e, slot, h)) return;
   c->consumed = h->consumed;
-  bool fin = (h->shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN);
-  if (h->written > c->transmitted || fin || (h->shut & VMMC_CLOSED) || connection_credit_due(e, slot)) connection_enqueue(e, slot);
+  /* Where the peer has closed a write is an error, and our own close the end. */
+  if ((c->flags & HEARD_CLOSE) || next_to_say(e, slot, h)) connection_enqueue(e, slot);
 }
 
 /* What is left to do when the app has closed a slot that no peer need hear of. */
@@ -469,6 +531,7 @@ int connection_look(struct endpoint *e, uint32_t slot) {
   if (!is_passive(slot) && generation && !e->dying && slot < VMMC_ACTIVE_SLOTS) {
     if (slot >= e->own->active_end && !commit_slot(e, slot)) return work;
     if (c->state == CONNECTION_NONE && generation != c->generation) {
+      rewind_ring(c);
       prepare(e, slot);
       enter(e, slot, generation, CONNECTION_IDLE);
       publish(e, slot, VMMC_IDLE);
@@ -514,70 +577,74 @@ static struct packet *say(struct link *link, struct endpoint *e, uint32_t slot, 
   p->from = end_of(e, slot);
   p->position = c->transmitted;
   p->limit = c->told;
+  p->placed = c->placed;
   return p;
 }
 
-static void transmit_established(struct endpoint *e, uint32_t slot, struct link *link) {
+/* True: there may be more to say. */
+static bool transmit_established(struct endpoint *e, uint32_t slot, struct link *link) {
   struct connection *c = connection_of(e, slot);
   struct half h = connection_half(e, slot);
-  if (!half_is_sane(e, slot, &h)) return;
+  if (!half_is_sane(e, slot, &h)) return false;
   c->consumed = h.consumed;
-  bool closed = h.shut & VMMC_CLOSED;
   if (c->flags & HEARD_CLOSE) {
-    if (closed)
+    if (h.shut & VMMC_CLOSED)
       finish(e, slot);
     else if (h.written > c->transmitted)
       connection_fail(e, slot, EPIPE); /* a write to a peer that has closed */
-    return;
+    return false;
   }
-  bool unread = c->placed > connection_read(e, slot) && !(h.shut & VMMC_FORKED);
-  /* What was written before goes first, as it does over a loopback: an answer to a request that was refused
-   * unread, say. */
-  if (closed && ((h.shut & VMMC_ABORT) || unread) && h.written == c->transmitted) {
-    say(link, e, slot, PACKET_RESET)->flags = PACKET_WANT_CLOSED;
-    link_push(link);
-    in_order();
-    c->flags |= SAID_RESET;
-    c->state = CONNECTION_CLOSING;
-    return;
+  /* Pushed first, noted then: killed in between, the successor says it again. */
+  uint8_t type = next_to_say(e, slot, &h);
+  switch (type) {
+    case PACKET_RESET:
+      say(link, e, slot, PACKET_RESET)->flags = PACKET_WANT_CLOSED;
+      link_push(link);
+      in_order();
+      c->flags |= SAID_RESET;
+      c->state = CONNECTION_CLOSING;
+      return false;
+    case PACKET_CLOSE:
+      say(link, e, slot, PACKET_CLOSE);
+      link_push(link);
+      in_order();
+      c->state = CONNECTION_CLOSING;
+      return false;
+    case PACKET_DATA: stream_transmit(e, slot, link, h.written); break;
+    case PACKET_FIN: {
+      /* With the credit of the moment, as every packet of an open stream: this may be the last one. */
+      uint64_t limit = connection_credit(e, slot);
+      say(link, e, slot, PACKET_FIN)->limit = limit;
+      link_push(link);
+      in_order();
+      c->flags |= SAID_FIN;
+      break;
+    }
+    case PACKET_CREDIT: {
+      uint64_t told = c->told;
+      if (connection_credit(e, slot) == told && !(c->flags & (TELL_AGAIN | TELL_PLACED))) return false;
+      say(link, e, slot, PACKET_CREDIT)->flags = c->flags & TELL_AGAIN ? PACKET_AGAIN : 0;
+      link_push(link);
+      in_order();
+      c->flags &= ~(uint32_t)(TELL_AGAIN | TELL_PLACED);
+      break;
+    }
+    case PACKET_RECALL: {
+      c->recall++;
+      c->recalling = 1;
+      in_order();
+      struct packet *p = say(link, e, slot, PACKET_RECALL);
+      p->limit = c->consumed + VMMC_FIRST_WINDOW;
+      p->recall = c->recall;
+      link_push(link);
+      in_order();
+      c->flags &= ~(uint32_t)SAY_IDLE;
+      break;
+    }
+    default: return false;
   }
-  if (c->flags & TELL_AGAIN) {
-    connection_credit(e, slot);
-    say(link, e, slot, PACKET_CREDIT)->flags = PACKET_AGAIN;
-    link_push(link);
-    in_order();
-    c->flags &= ~(uint32_t)TELL_AGAIN;
-    return;
-  }
-  if (h.written > c->transmitted) {
-    stream_transmit(e, slot, link, h.written);
-  } else if (closed) {
-    say(link, e, slot, PACKET_CLOSE);
-    link_push(link);
-    in_order();
-    c->state = CONNECTION_CLOSING;
-  } else if ((h.shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN)) {
-    /* With the credit of the moment, as every packet of an open stream: this may be the last one. */
-    uint64_t limit = connection_credit(e, slot);
-    say(link, e, slot, PACKET_FIN)->limit = limit;
-    link_push(link);
-    in_order();
-    c->flags |= SAID_FIN;
-  } else if (connection_credit_due(e, slot)) {
-    uint64_t told = c->told;
-    if (connection_credit(e, slot) == told) return;
-    say(link, e, slot, PACKET_CREDIT);
-    link_push(link);
-  }
-}
-
-/* Is there anything else to say?  Looked at after each packet. */
-static bool has_more(struct endpoint *e, uint32_t slot) {
-  struct connection *c = connection_of(e, slot);
-  if (c->state != CONNECTION_ESTABLISHED) return false;
-  struct half h = connection_half(e, slot);
-  return h.written > c->transmitted || (h.shut & VMMC_CLOSED) ||
-         ((h.shut & VMMC_SHUT_WRITE) && !(c->flags & (SAID_FIN | HEARD_CLOSE)));
+  h = connection_half(e, slot);
+  return next_to_say(e, slot, &h) != PACKET_NONE;
 }
 
 bool connection_transmit(struct work *work, struct link *link) {
@@ -598,9 +665,9 @@ bool connection_transmit(struct work *work, struct link *link) {
     in_order();
     c->flags |= SAID_CONNECT;
   } else if (c->state == CONNECTION_ESTABLISHED) {
-    transmit_established(e, slot, link);
+    return transmit_established(e, slot, link);
   }
-  return has_more(e, slot);
+  return false;
 }
 
 /* ---- the peer's packets ---- */
@@ -633,13 +700,57 @@ static void unknown(struct link *link, const struct packet *p) {
   }
 }
 
+/* Bytes that the program may have in its ring beyond those acknowledged. */
+static uint64_t send_window(struct endpoint *e, uint32_t slot) {
+  uint32_t window = atomic_load_explicit(&app_slot(e, slot)->send_window, memory_order_relaxed);
+  return window && window < VMMC_RING ? window : VMMC_RING;
+}
+
+/* Whether the peer is to be asked for its position with a packet of bytes up to `end`: once for each quarter of
+ * the window, so that a writer who waits for room hears of it. */
+bool connection_wants_placed(struct endpoint *e, uint32_t slot, uint64_t end) {
+  return end - connection_of(e, slot)->asked_placed >= send_window(e, slot) / 4;
+}
+
+static void take_placed(struct endpoint *e, uint32_t slot, uint64_t placed) {
+  struct connection *c = connection_of(e, slot);
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  if (placed <= c->acknowledged || placed > c->transmitted) return;
+  c->acknowledged = placed;
+  /* Told in steps: most answers carry a few bytes' worth, and nobody waits for so little. */
+  if (placed < atomic_load_explicit(&n->acknowledged, memory_order_relaxed) + send_window(e, slot) / 4) return;
+  /* release pairs with the writer's acquire: the peer has what will be overwritten */
+  atomic_store_explicit(&n->acknowledged, placed, memory_order_release);
+  wake_slot(e, slot, WAKE_WRITERS);
+}
+
 static void take_limit(struct endpoint *e, uint32_t slot, uint64_t limit) {
   struct connection *c = connection_of(e, slot);
   if (limit <= c->far_limit) return;
+  bool waited = c->transmitted == c->far_limit;
   c->far_limit = limit;
-  /* release pairs with the writer's acquire: the peer has read what will be overwritten */
-  atomic_store_explicit(&nic_slot(e, slot)->limit, limit, memory_order_release);
-  wake_slot(e, slot, WAKE_WRITERS);
+  if (waited) connection_enqueue(e, slot);
+}
+
+/* The peer is idle.  Credit that we do not use goes back: what was transmitted needs it, what waits can ask. */
+static void answer_recall(struct link *link, struct endpoint *e, uint32_t slot, const struct packet *p) {
+  struct connection *c = connection_of(e, slot);
+  uint64_t limit = p->limit > c->transmitted ? p->limit : c->transmitted;
+  if (limit < c->far_limit) c->far_limit = limit;
+  struct packet answer = { .type = PACKET_RECALLED, .to = c->far, .from = end_of(e, slot), .limit = c->far_limit };
+  answer.placed = c->placed;
+  answer.recall = p->recall;
+  link_reply(link, &answer);
+}
+
+static void recalled(struct endpoint *e, uint32_t slot, const struct packet *p) {
+  struct connection *c = connection_of(e, slot);
+  if (!c->recalling || p->recall != c->recall || p->limit > c->told) return;
+  c->recalling = 0;
+  in_order();
+  c->told = p->limit;
+  c->window = VMMC_FIRST_WINDOW;
+  if (all_used(c)) connection_enqueue(e, slot); /* the last bytes of it came just before */
 }
 
 static void established(struct endpoint *e, uint32_t slot, const struct packet *p) {
@@ -649,7 +760,6 @@ static void established(struct endpoint *e, uint32_t slot, const struct packet *
   c->far_limit = p->limit;
   in_order();
   c->state = CONNECTION_ESTABLISHED;
-  atomic_store_explicit(&n->limit, p->limit, memory_order_relaxed);
   atomic_store_explicit(&n->state, VMMC_ESTABLISHED, memory_order_relaxed);
   set_status(e, slot, VMMC_CONNECTED);
   COUNT(e, connections_opened, 1);
@@ -710,16 +820,27 @@ void connection_packet(struct link *link, const struct packet *p) {
         connection_fail(e, slot, ECONNRESET);
         break;
       }
+      take_placed(e, slot, p->placed);
       take_limit(e, slot, p->limit);
       stream_place(e, slot, p);
       break;
     case PACKET_CREDIT:
-      if (live)
+    case PACKET_RECALL:
+    case PACKET_RECALLED:
+      if (!live) {
+        if (c->state == CONNECTION_DEAD && p->type == PACKET_CREDIT) unknown(link, p);
+        break;
+      }
+      take_placed(e, slot, p->placed);
+      if (p->type == PACKET_CREDIT)
         take_limit(e, slot, p->limit);
-      else if (c->state == CONNECTION_DEAD)
-        unknown(link, p);
+      else if (p->type == PACKET_RECALL)
+        answer_recall(link, e, slot, p);
+      else
+        recalled(e, slot, p);
       break;
     case PACKET_FIN:
+      if (live) take_placed(e, slot, p->placed);
       if (live) take_limit(e, slot, p->limit);
       if (!live || (c->flags & HEARD_FIN)) break;
       c->flags |= HEARD_FIN;
@@ -761,6 +882,7 @@ void connection_retell(struct endpoint *e, uint32_t slot) {
       break;
     case CONNECTION_ESTABLISHED:
       c->flags &= ~(uint32_t)SAID_FIN;
+      c->recalling = 0; /* the limit is told again, and holds */
       /* A limit that was noted and not told, a reset that was not heard.  Whose peer has closed needs
        * neither, and its peer may be gone already. */
       if (!(c->flags & HEARD_CLOSE)) c->flags |= TELL_AGAIN;
@@ -809,7 +931,11 @@ static void show(struct endpoint *e, uint32_t slot) {
   n->local = c->local;
   n->peer = c->peer;
   n->peer_node = c->far_node;
-  atomic_store_explicit(&n->limit, c->far_limit, memory_order_release);
+  if (c->state == CONNECTION_ESTABLISHED) {
+    atomic_store_explicit(&n->acknowledged, c->acknowledged, memory_order_release);
+    c->recalling = 0;
+    c->flags &= ~(uint32_t)SAY_IDLE;
+  }
   atomic_store_explicit(&n->transmitted, c->transmitted, memory_order_relaxed);
   set_status(e, slot, bits);
   publish(e, slot, shown[c->state]);
@@ -825,6 +951,7 @@ void connection_recover(struct endpoint *e, uint32_t slot) {
   work->endpoint = e;
   work->slot = slot;
   work->work.transmit = connection_transmit;
+  give_back_recover(e, slot);
   if (c->state == CONNECTION_NONE) {
     if (atomic_load_explicit(&n->generation, memory_order_relaxed) == c->generation)
       atomic_store_explicit(&n->state, VMMC_FREE, memory_order_release);

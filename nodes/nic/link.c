@@ -246,6 +246,7 @@ static void dispatch(struct link *link, const struct packet *p) {
   switch (p->type) {
     case PACKET_CONNECT: case PACKET_ACCEPTED: case PACKET_REFUSED: case PACKET_BUSY: case PACKET_DATA:
     case PACKET_CREDIT: case PACKET_FIN: case PACKET_CLOSE: case PACKET_RESET: case PACKET_CLOSED:
+    case PACKET_RECALL: case PACKET_RECALLED:
       connection_packet(link, p);
       break;
     case PACKET_RETRY: link_retry(link, 0); break;

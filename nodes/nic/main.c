@@ -127,6 +127,7 @@ int main(int count, char **argument) {
     done += endpoints_work();
     done += links_receive();
     done += links_transmit();
+    done += give_back_work();
     if (done) {
       vmmc_idle_begin(&idle);
     } else if (!vmmc_idle_poll(&idle)) {

@@ -8,6 +8,7 @@
  *   port.c        the node's ports: who is bound to what
  *   connection.c  stream connections: set-up, credit, end of file, close and reset
  *   stream.c      their bytes: transmit and place
+ *   give_back.c   memory of idle connections
  *   redirect.c    whether bytes go to a posted address instead of the default buffer
  *   command.c     VMMC commands of a program: taken, answered
  *   export.c      exported buffers and imports of others' buffers
@@ -55,7 +56,11 @@ struct slot_work {
   struct endpoint *endpoint;
   struct remote *remote;  /* mapping of the peer's segment, once data came from it */
   uint64_t last_event;    /* position + 1 of its newest entry in the event ring */
+  uint64_t seen;          /* give_back.c: what the last sweep saw of its positions */
   uint32_t slot;
+  uint32_t next_held;     /* the next slot of the list that it is in, + 1 */
+  bool held;              /* in the endpoint's list of slots whose rings may have pages to give back */
+  bool recalled;          /* its peer was asked for credit that it does not use, since it last moved */
 };
 
 /* A command's likewise: one for each place in the command queue. */
@@ -82,6 +87,7 @@ struct endpoint {
   uint32_t next_look;                /* word of dirty bits with which its next turn begins */
   bool vmmc_committed;               /* the tables that commands need are allocated */
   uint64_t events_committed;         /* bytes of the event ring that are */
+  uint32_t first_held, first_swept;  /* lists of slots, + 1: give_back.c */
   int waker[VMMC_WAKERS];            /* event descriptors, -1: none */
 };
 
@@ -201,10 +207,19 @@ bool connection_transmit(struct work *work, struct link *link);
 void connection_fail(struct endpoint *e, uint32_t slot, int error); /* the connection is dead */
 bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto); /* its default buffer */
 void connection_enqueue(struct endpoint *e, uint32_t slot);
+bool connection_wants_to_say(struct endpoint *e, uint32_t slot, const struct half *h);
+bool connection_wants_placed(struct endpoint *e, uint32_t slot, uint64_t end); /* with bytes up to `end`: ask */
 
 /* ---- stream.c ---- */
 void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint64_t written); /* a piece */
 void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p);
+
+/* ---- give_back.c ---- */
+void give_back_later(struct endpoint *e, uint32_t slot);  /* the slot's rings have pages, to look at when idle */
+void give_back_unused(struct endpoint *e, uint32_t slot); /* pages of the default buffer without a promise */
+void give_back_recover(struct endpoint *e, uint32_t slot);
+int give_back_work(void);                                 /* duty */
+uint64_t give_back_due_ns(void);                          /* sleep no longer than until then; 0: no matter */
 
 /* ---- redirect.c ---- */
 struct redirection {                             /* one posted redirection, either kind */

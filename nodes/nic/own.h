@@ -35,6 +35,8 @@ enum { /* connection.flags */
   CONNECT_AGAIN = 128,  /* CONNECT may have been handled by a NIC that has died since */
   UNQUEUED = 256,       /* passive: not yet known to stand in its listener's queue */
   TELL_AGAIN = 512,     /* the limit is to be told again, and whether the peer is there is to be asked */
+  TELL_PLACED = 1024,   /* the peer asked how far its bytes have come */
+  SAY_IDLE = 2048,      /* RECALL is to be sent */
 };
 
 struct connection {
@@ -55,15 +57,19 @@ struct connection {
   uint32_t binding;             /* index + 1 in node_state.binding, 0: none */
   uint64_t transmitted;         /* bytes handed to the link */
   uint64_t far_limit;           /* position up to which the peer takes bytes */
+  uint64_t acknowledged;        /* bytes that the peer said it has */
+  uint64_t asked_placed;        /* `transmitted` when the peer was last asked for that */
   uint64_t placed;              /* bytes in the default buffer or redirected; listening: entries × 8 */
   uint64_t consumed;            /* newest checked value of the app's */
   uint64_t told;                /* limit told to the peer */
+  uint32_t recall, recalling;   /* number of the newest RECALL; 1: its answer is awaited, and counts */
   uint64_t grown;               /* what was read when the window last grew */
   uint64_t entry;               /* passive: where it stands in its listener's queue */
   uint32_t listener;            /* passive: the slot that it was accepted for */
   uint32_t window;
   uint32_t backlog;             /* listening */
-  uint64_t committed;           /* bytes of the default buffer that are allocated, kept across uses */
+  /* The default buffer's places of [committed_from, committed_to) are allocated; kept across uses. */
+  uint64_t committed_from, committed_to;
   uint64_t waiting[VMMC_NODES_MAX / 64]; /* listening: nodes that were told BUSY */
   uint32_t next_free;           /* passive and free: the next one + 1 */
 };

@@ -13,11 +13,13 @@ enum packet_type {
   PACKET_BUSY,     /* backlog full: wait for RETRY */
   PACKET_RETRY,    /* to a node, not a connection: its BUSY connections may ask again */
   PACKET_DATA,     /* position, length: bytes in the sender's transmit ring; limit */
-  PACKET_CREDIT,   /* limit, position: consumed */
+  PACKET_CREDIT,   /* limit, placed */
   PACKET_FIN,      /* position: the stream's end; limit */
   PACKET_CLOSE,    /* the same, and the sender reads no more; answered by CLOSED */
   PACKET_RESET,    /* the connection is dead; answered by CLOSED when `flags` asks */
   PACKET_CLOSED,   /* nothing of the connection is left here that could refer to yours */
+  PACKET_RECALL,   /* idle: credit above `limit` is taken back unless it is used; answered by: */
+  PACKET_RECALLED, /* limit: what is left of the credit; placed; recall, as in the question */
   /* VMMC */
   PACKET_IMPORT,   /* name or id */
   PACKET_IMPORTED, /* error, id, generation, length, flags: permissions */
@@ -33,6 +35,7 @@ enum { /* packet.flags */
   PACKET_NOTIFY = 2,      /* SEND: notify with the last piece */
   PACKET_MORE = 8,        /* SEND: the transfer goes on with another command: not yet an arrival */
   PACKET_WANT_CLOSED = 4, /* RESET: answer with CLOSED */
+  PACKET_WANT_PLACED = 16, /* DATA: answer with CREDIT once the bytes are there */
   PACKET_AGAIN = 8,       /* CONNECT, SEND: perhaps handled before, by a NIC that has died since */
 };
 
@@ -53,6 +56,10 @@ struct packet {
   union {
     struct { /* CONNECT */
       struct vmmc_address local, peer;
+    };
+    struct { /* DATA, CREDIT, FIN, RECALL, RECALLED */
+      uint64_t placed; /* bytes of the other side that have arrived */
+      uint32_t recall; /* which RECALL */
     };
     struct { /* VMMC */
       uint64_t command;  /* index of the command */

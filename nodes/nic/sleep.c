@@ -52,10 +52,12 @@ void sleep_until_work(bool (*have_work)(void)) {
   bool all = nic.live_count < BELLS_MAX;
   atomic_thread_fence(memory_order_seq_cst);
   if (!have_work()) {
+    uint64_t due_ns = give_back_due_ns();
+    struct timespec due = { (time_t)(due_ns / 1000000000u), (long)(due_ns % 1000000000u) };
     COUNT_NODE(sleeps, 1);
     if (!all || old_kernel)
       sleep_a_slice((uint32_t)bells[0].value);
-    else if (syscall(SYS_futex_waitv, bells, count, 0, NULL, 0) < 0 && errno == ENOSYS)
+    else if (syscall(SYS_futex_waitv, bells, count, 0, due_ns ? &due : NULL, CLOCK_MONOTONIC) < 0 && errno == ENOSYS)
       old_kernel = true;
   }
   atomic_store(&nic.pub->asleep, 0);

@@ -8,8 +8,9 @@ enum { PIECE = 64 * 1024 }; /* bytes of a packet: also a connection's share befo
 
 void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint64_t written) {
   struct connection *c = connection_of(e, slot);
-  uint64_t length = written - c->transmitted;
+  uint64_t length = (written < c->far_limit ? written : c->far_limit) - c->transmitted;
   if (length > PIECE) length = PIECE;
+  bool ask = connection_wants_placed(e, slot, c->transmitted + length);
   struct packet *p = link_next(link);
   p->type = PACKET_DATA;
   p->to = c->far;
@@ -17,14 +18,18 @@ void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint6
   p->position = c->transmitted;
   p->length = (uint32_t)length;
   p->limit = connection_credit(e, slot);
+  p->placed = c->placed;
+  if (ask) p->flags = PACKET_WANT_PLACED;
   link_push(link);
   /* After the packet is published: killed in between, the successor sends it again, and the receiver
    * knows the position. */
   in_order();
   c->transmitted += length;
+  if (ask) c->asked_placed = c->transmitted;
   atomic_store_explicit(&nic_slot(e, slot)->transmitted, c->transmitted, memory_order_relaxed);
   COUNT(e, bytes_sent, length);
   COUNT(e, sends, 1);
+  give_back_later(e, slot);
 }
 
 /* Copies stream bytes [at, at + length) from the sender's ring to `to`, or to the default buffer. */
@@ -57,6 +62,10 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   struct connection *c = connection_of(e, slot);
   struct slot_work *work = &e->work[slot];
   uint64_t at = p->position, end = p->position + p->length;
+  if (p->flags & PACKET_WANT_PLACED) { /* also for bytes that came before: their NIC may have died since */
+    c->flags |= TELL_PLACED;
+    connection_enqueue(e, slot);
+  }
   if (at > c->placed || end <= c->placed || end > c->told) { /* a gap, a duplicate, or without credit */
     COUNT_NODE(packets_dropped, 1);
     return;
@@ -97,7 +106,8 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
     connection_fail(e, slot, ECONNRESET);
     return;
   }
-  /* Without a look at the slot the app's newest position is not known here. */
-  if (redirected && connection_credit_due(e, slot)) connection_enqueue(e, slot);
+  /* Without a look at the slot the app's newest position is not known here; a sender that has used its credit up
+   * may want more, whatever was read. */
+  if ((redirected && connection_credit_due(e, slot)) || c->placed == c->told) connection_enqueue(e, slot);
   if (!asleep) wake_slot(e, slot, WAKE_READERS);
 }

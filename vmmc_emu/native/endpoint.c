@@ -8,6 +8,7 @@
 #include "endpoint.h"
 
 #include <errno.h>
+#include <linux/membarrier.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -216,6 +217,8 @@ static void introduce(struct endpoint *e) {
   header->pid = e->pid;
   strncpy(header->command, program_invocation_short_name, sizeof header->command - 1);
   header->version = VMMC_LAYOUT_VERSION;
+  /* Where the kernel, or a filter over it, does not have it, idle rings keep their pages. */
+  header->barriers = sys_call(SYS_membarrier, MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED, 0, 0, 0, 0, 0) == 0;
   header->magic = VMMC_MAGIC;
 }
 

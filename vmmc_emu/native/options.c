@@ -5,15 +5,18 @@
  * meaning without a kernel's TCP (TCP_NODELAY: nothing is ever held back) and fail when they cannot.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/time.h>
 
 #include "address.h"
 #include "connection.h"
+#include "sys.h"
 
 /* Linux's, where libc's headers may lack them. */
 enum {
@@ -24,7 +27,7 @@ enum {
 };
 
 enum {
-  BUFFER_MAX = 212992,            /* net.core.rmem_max and wmem_max */
+  BUFFER_MAX = 212992,            /* net.core.rmem_max and wmem_max, where the kernel's cannot be read */
   RECEIVE_BUFFER_DEFAULT = 131072, /* as getsockopt shows it: net.ipv4.tcp_rmem */
   SEND_BUFFER_DEFAULT = 2626560,  /* a connected loopback socket's */
   RECEIVE_BUFFER_MIN = 2304,
@@ -140,8 +143,20 @@ int socket_name(struct vsocket *s, bool peer, struct sockaddr *address, socklen_
 
 static void set_bit(uint32_t *flags, uint32_t bit, bool on) { *flags = on ? *flags | bit : *flags & ~bit; }
 
+/* The kernel's own bound for a buffer, as the machine has it set. */
+static int buffer_max(const char *path) {
+  char text[16] = "";
+  int fd = (int)sys_call(SYS_openat, AT_FDCWD, (long)path, O_RDONLY | O_CLOEXEC, 0, 0, 0);
+  if (fd < 0) return BUFFER_MAX;
+  long n = sys_call(SYS_read, fd, (long)text, sizeof text - 1, 0, 0, 0);
+  sys_close(fd);
+  int bytes = n > 0 ? atoi(text) : 0;
+  return bytes > 0 ? bytes : BUFFER_MAX;
+}
+
 static int set_receive_buffer(struct vsocket *s, int bytes) {
-  if (bytes < 0 || bytes > BUFFER_MAX) bytes = BUFFER_MAX;
+  int most = buffer_max("/proc/sys/net/core/rmem_max");
+  if (bytes < 0 || bytes > most) bytes = most; /* unsigned, as Linux takes it */
   if (bytes < RECEIVE_BUFFER_MIN / 2) bytes = RECEIVE_BUFFER_MIN / 2;
   s->receive_buffer = (uint32_t)bytes;
   if (s->generation)
@@ -151,8 +166,12 @@ static int set_receive_buffer(struct vsocket *s, int bytes) {
 }
 
 static int set_send_buffer(struct vsocket *s, int bytes) {
-  if (bytes < 0 || bytes > BUFFER_MAX) bytes = BUFFER_MAX;
+  int most = buffer_max("/proc/sys/net/core/wmem_max");
+  if (bytes < 0 || bytes > most) bytes = most;
   s->send_buffer = bytes < SEND_BUFFER_MIN / 2 ? SEND_BUFFER_MIN / 2 : (uint32_t)bytes;
+  if (s->generation)
+    atomic_store_explicit(&app_slot(s->endpoint, s->slot)->send_window, s->send_buffer, memory_order_relaxed);
+  connection_wake_local(s); /* writers, who may have room now */
   return 0;
 }
 

@@ -72,24 +72,27 @@ static int commit_slot(struct endpoint *e, struct slots *slots, uint32_t slot) {
   return error;
 }
 
-/* The slot is out of use: its ring's pages wait for the next user, or go back when many wait. */
+/* The slot is out of use: its ring's pages wait for the next user, who begins at position 0, or go back when
+ * they lie elsewhere or many wait. */
 static void keep_or_return_ring(struct endpoint *e, struct slots *slots, uint32_t slot) {
   struct slot_memory *memory = &slots->memory[slot];
-  if (!memory->committed) return;
-  if (slots->spare_bytes + memory->committed > SPARE_RINGS_BYTES &&
-      madvise(transmit_ring(e, slot), VMMC_RING, MADV_REMOVE) == 0) {
-    memory->committed = 0;
+  uint64_t length = memory->committed_to - memory->committed_from;
+  bool at_start = memory->committed_from % VMMC_RING == 0 || length == VMMC_RING;
+  memory->committed_from = memory->committed_to = 0;
+  if (!length) return;
+  if ((!at_start || slots->spare_bytes + length > SPARE_RINGS_BYTES) &&
+      madvise(transmit_ring(e, slot), VMMC_RING, MADV_REMOVE) == 0)
     return;
-  }
+  memory->committed_to = at_start ? length : 0;
   memory->spare = true;
-  slots->spare_bytes += memory->committed;
+  slots->spare_bytes += memory->committed_to;
 }
 
 static void take_ring(struct slots *slots, uint32_t slot) {
   struct slot_memory *memory = &slots->memory[slot];
   if (!memory->spare) return;
   memory->spare = false;
-  slots->spare_bytes -= memory->committed;
+  slots->spare_bytes -= memory->committed_to;
 }
 
 /* Looks at a few slots that were given back: has the NIC done with them?  In turn, so that one which
@@ -122,6 +125,8 @@ static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint
   atomic_store_explicit(&a->written, 0, memory_order_relaxed);
   atomic_store_explicit(&a->shut, 0, memory_order_relaxed);
   atomic_store_explicit(&a->asleep_tx, 0, memory_order_relaxed);
+  atomic_store_explicit(&a->sending, 0, memory_order_relaxed);
+  atomic_store_explicit(&a->send_window, s->send_buffer, memory_order_relaxed);
   atomic_store_explicit(&a->consumed, 0, memory_order_relaxed);
   atomic_store_explicit(&a->asleep_rx, 0, memory_order_relaxed);
   atomic_store_explicit(&a->post, 0, memory_order_relaxed);

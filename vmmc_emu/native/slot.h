@@ -8,9 +8,12 @@
 struct slot_memory {
   _Atomic(struct vsocket *) socket; /* who holds it */
   uint32_t generation;              /* of its last holder */
-  uint32_t committed;               /* bytes of the transmit ring that are allocated (the holder's send_lock) */
+  /* The transmit ring's places of stream positions [committed_from, committed_to) are allocated, as long as
+   * nic_slot.ring_taken is ring_taken (the holder's send_lock). */
+  uint64_t committed_from, committed_to;
+  uint32_t ring_taken;
   uint64_t redirections;            /* generations of redirections given out (the holder's receive_lock) */
-  bool spare;                       /* out of use, and `committed` counts among the spare bytes */
+  bool spare;                       /* out of use, and what is allocated counts among the spare bytes */
 };
 struct slot_memory *slot_memory(struct endpoint *e, uint32_t slot);
 

@@ -2,17 +2,18 @@
  * stream.c: a connection's bytes: send, receive, redirection of receives, readiness.
  *
  * Four positions move, each with one writer: `written` (we) follows the bytes into the transmit ring, and
- * never passes `limit` (NIC: the peer's credit); `placed` (NIC) follows the bytes into the default buffer
- * or to a redirected address; `consumed` (we) follows the reader.  Nothing here asks the kernel for
- * anything while there is room to write or something to read.
+ * is never more than SO_SNDBUF ahead of `acknowledged` (NIC: what the peer's NIC has); `placed` (NIC) follows
+ * the bytes into the default buffer or to a redirected address; `consumed` (we) follows the reader.  Nothing
+ * here asks the kernel for anything while there is room to write or something to read.  How much the peer
+ * takes at a time (its credit) is the NICs' affair: the rest waits in the transmit ring.
  *
- * When the NIC must hear of `consumed`.  It tells the peer of new credit in quarters of the window, which
- * is never smaller than VMMC_FIRST_WINDOW (or SO_RCVBUF, when that is less).  A reader rings when, since
- * it last rang, it consumed a quarter of *that*, and has emptied the buffer or consumed a quarter of the
- * most that ever waited in it.  So a reader that finds the buffer empty has left less than a quarter of
- * the first window untold, and the NIC less than a quarter of the window: the sender, all of whose bytes
- * were consumed, has at least half a window of room, and the two never wait for each other.  A reader
- * that leaves bytes in the buffer may leave more untold; it can read on, and rings when it has.
+ * When the NIC must hear of `consumed`.  It tells the peer of new credit in quarters of the window, which is
+ * never smaller than VMMC_LEAST_WINDOW (or SO_RCVBUF, when that is less) once a sender has used up what it had.
+ * A reader rings when, since it last rang, it consumed a quarter of *that*, and has emptied the buffer or
+ * consumed a quarter of the most that ever waited in it.  So a reader that finds the buffer empty has left
+ * less than a quarter of the least window untold, and the NIC less than a quarter of the window: the sender,
+ * all of whose bytes were consumed, has at least half a window of credit, and the two never wait for each
+ * other.  A reader that leaves bytes in the buffer may leave more untold; it can read on, and rings when it has.
  */
 #include <errno.h>
 #include <netinet/in.h>
@@ -26,9 +27,7 @@
 #include "sys.h"
 
 enum {
-  COMMIT_CHUNK = 16384,              /* the least that a transmit ring grows by */
   PUBLISH_CHUNK = 32768,             /* bytes after which a long send lets the NIC begin */
-  PATIENT_MAX = VMMC_FIRST_WINDOW / 2, /* bytes that a peek, or SO_RCVLOWAT, can wait for without reading */
   CALL_BYTES_MAX = 0x7ffff000,       /* MAX_RW_COUNT: what one call moves at most, as on Linux */
 };
 
@@ -103,29 +102,81 @@ static void count(_Atomic uint64_t *counter, uint64_t n) {
 
 /* ---- send ---- */
 
-/* Ring pages up to `end` exist before a byte is stored there: a full /dev/shm is ENOBUFS, not SIGBUS. */
-static int commit_ring(struct vsocket *s, uint64_t end) {
-  struct slot_memory *memory = slot_memory(s->endpoint, s->slot);
-  uint64_t need = end < VMMC_RING ? end : VMMC_RING, committed = memory->committed;
-  if (need <= committed) return 0;
-  uint64_t want = committed * 2 > need ? committed * 2 : need;
-  want = (want + COMMIT_CHUNK - 1) / COMMIT_CHUNK * COMMIT_CHUNK;
-  if (want > VMMC_RING) want = VMMC_RING;
+static int commit_upto(struct vsocket *s, struct slot_memory *memory, uint64_t end) {
   char *ring = transmit_ring(s->endpoint, s->slot);
-  int error = endpoint_commit(ring + committed, want - committed, true);
-  if (error) { /* memory is short: what is needed now, and no more */
-    want = (need + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
-    error = endpoint_commit(ring + committed, want - committed, true);
+  int error = 0;
+  end = (end + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
+  if (end > memory->committed_from + VMMC_RING) end = memory->committed_from + VMMC_RING;
+  while (!error && memory->committed_to < end) { /* twice where the range goes around the ring's end */
+    uint64_t offset = memory->committed_to % VMMC_RING, run = VMMC_RING - offset;
+    if (run > end - memory->committed_to) run = end - memory->committed_to;
+    error = endpoint_commit(ring + offset, run, true);
+    if (!error) memory->committed_to += run;
   }
-  if (!error) memory->committed = (uint32_t)want;
   return error;
 }
 
+/* Ring pages up to position `end` exist before a byte is stored there: a full /dev/shm is ENOBUFS, not SIGBUS. */
+static int commit_ring(struct vsocket *s, uint64_t end) {
+  struct slot_memory *memory = slot_memory(s->endpoint, s->slot);
+  uint64_t have = memory->committed_to - memory->committed_from;
+  if (end <= memory->committed_to || have == VMMC_RING) return 0;
+  /* Twice as much as before, or when memory is short what is needed now. */
+  if (end < memory->committed_to + have && !commit_upto(s, memory, memory->committed_to + have)) return 0;
+  return commit_upto(s, memory, end);
+}
+
+/* SO_SNDBUF: bytes that may wait for the peer's NIC. */
+static uint64_t send_window(const struct vsocket *s) {
+  return s->send_buffer && s->send_buffer < VMMC_RING ? s->send_buffer : VMMC_RING;
+}
+
 static uint64_t send_room(const struct vsocket *s) {
-  /* acquire: the peer has read what will be overwritten before its credit says so */
-  uint64_t limit = atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->limit, memory_order_acquire);
+  /* acquire: the peer has copied what will be overwritten */
+  uint64_t acknowledged = atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->acknowledged, memory_order_acquire);
   uint64_t written = atomic_load_explicit(&app_slot(s->endpoint, s->slot)->written, memory_order_relaxed);
-  return limit > written ? limit - written : 0;
+  uint64_t end = acknowledged + send_window(s);
+  return end > written ? end - written : 0;
+}
+
+/* As Linux has it, there is room again when a third of the buffer is free. */
+static bool is_writable(const struct vsocket *s) { return send_room(s) >= send_window(s) / 3; }
+
+/*
+ * While `sending` is set the NIC leaves the ring's pages where they are: see "Idle rings" in vmmc_layout.h.
+ * send_lock is held.  A NIC that was killed with the ring in its hand is waited for until its successor
+ * gives it back.
+ */
+static void sending_begin(struct vsocket *s) {
+  struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
+  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+  struct timespec pause = { .tv_nsec = 20000 };
+  uint32_t taken;
+  for (int looks = 0;; looks++) {
+    atomic_store_explicit(&a->sending, 1, memory_order_relaxed);
+    /* The NIC's barrier does for both sides what a fence would do here. */
+    atomic_signal_fence(memory_order_seq_cst);
+    /* acquire: the pages are gone before ours are made */
+    taken = atomic_load_explicit(&n->ring_taken, memory_order_acquire);
+    if (__builtin_expect(taken % 2 == 0, 1)) break;
+    atomic_store_explicit(&a->sending, 0, memory_order_relaxed);
+    if (looks < 1000) {
+      sched_yield();
+    } else {
+      sys_nanosleep(&pause);
+      if (pause.tv_nsec < 5000000) pause.tv_nsec *= 2;
+    }
+  }
+  struct slot_memory *memory = slot_memory(s->endpoint, s->slot);
+  if (__builtin_expect(taken == memory->ring_taken, 1)) return;
+  memory->ring_taken = taken;
+  memory->committed_from = atomic_load_explicit(&a->written, memory_order_relaxed) / VMMC_PAGE * VMMC_PAGE;
+  memory->committed_to = memory->committed_from;
+}
+
+static void sending_end(struct vsocket *s) {
+  /* release: `written` before it, so that the NIC does not find the ring idle */
+  atomic_store_explicit(&app_slot(s->endpoint, s->slot)->sending, 0, memory_order_release);
 }
 
 /* Why nothing can be sent now, as tcp_sendmsg finds it: an error (taken), or -EAGAIN.  0: send. */
@@ -157,10 +208,12 @@ static ssize_t send_some(struct vsocket *s, struct pieces *from, size_t length) 
   uint64_t room = send_room(s), written = atomic_load_explicit(&a->written, memory_order_relaxed);
   if (length > room) length = room;
   size_t left = length;
+  int error = 0;
+  sending_begin(s);
   while (left) {
     size_t piece = left < PUBLISH_CHUNK + PUBLISH_CHUNK / 2 ? left : PUBLISH_CHUNK;
-    int error = commit_ring(s, written + piece);
-    if (error) return left == length ? error : (ssize_t)(length - left);
+    error = commit_ring(s, written + piece);
+    if (error) break;
     copy_to_ring(ring, written, from, piece);
     written += piece;
     left -= piece;
@@ -168,13 +221,16 @@ static ssize_t send_some(struct vsocket *s, struct pieces *from, size_t length) 
     atomic_store_explicit(&a->written, written, memory_order_release);
     endpoint_ring_slot(s->endpoint, s->slot);
   }
-  return (ssize_t)length;
+  sending_end(s);
+  return error && left == length ? error : (ssize_t)(length - left);
 }
 
+/* Found without room: there will be some once the peer has so much. */
 static void note_full(struct vsocket *s) {
-  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
-  uint64_t limit = atomic_load_explicit(&n->limit, memory_order_relaxed);
-  atomic_store_explicit(&s->full_at, limit, memory_order_relaxed);
+  uint64_t window = send_window(s);
+  uint64_t written = atomic_load_explicit(&app_slot(s->endpoint, s->slot)->written, memory_order_relaxed);
+  uint64_t leaves_room = written + window / 3;
+  atomic_store_explicit(&s->full_at, leaves_room > window ? leaves_room - window : 0, memory_order_relaxed);
 }
 
 ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, int flags) {
@@ -251,9 +307,9 @@ static int receive_obstacle(struct vsocket *s) {
 }
 
 /* The least window that the NIC gives: see the top of this file. */
-static uint64_t first_window(const struct vsocket *s) {
+static uint64_t least_window(const struct vsocket *s) {
   uint32_t buffer = s->receive_buffer;
-  if (!buffer || buffer > VMMC_FIRST_WINDOW) return VMMC_FIRST_WINDOW;
+  if (!buffer || buffer > VMMC_LEAST_WINDOW) return VMMC_LEAST_WINDOW;
   return buffer < VMMC_PAGE ? VMMC_PAGE : buffer;
 }
 
@@ -261,6 +317,9 @@ static void tell_consumed(struct vsocket *s, uint64_t consumed) {
   s->rung = consumed;
   endpoint_ring_slot(s->endpoint, s->slot);
 }
+
+/* Bytes that a peek, or SO_RCVLOWAT, can wait for without reading: a sender can always send so many. */
+static uint64_t patience(const struct vsocket *s) { return least_window(s) / 2; }
 
 /* `n` more bytes are read.  receive_lock is held. */
 static void consume(struct vsocket *s, uint64_t n) {
@@ -273,7 +332,7 @@ static void consume(struct vsocket *s, uint64_t n) {
   /* release: the bytes were copied out before the NIC may overwrite them */
   atomic_store_explicit(&a->consumed, consumed, memory_order_release);
   uint64_t untold = consumed - s->rung;
-  if (untold < first_window(s) / 4 || (n < waiting && untold < s->outstanding / 4)) return;
+  if (untold < least_window(s) / 4 || (n < waiting && untold < s->outstanding / 4)) return;
   tell_consumed(s, consumed);
 }
 
@@ -443,7 +502,7 @@ static uint64_t receive_target(const struct receive *r) {
   uint64_t left = r->length - r->got, target = r->socket->low_water;
   if (r->flags & MSG_WAITALL || target > left) target = left;
   bool reads_while_waiting = (r->flags & MSG_WAITALL) && !(r->flags & MSG_PEEK);
-  if (!reads_while_waiting && target > PATIENT_MAX) target = PATIENT_MAX;
+  if (!reads_while_waiting && target > patience(r->socket)) target = patience(r->socket);
   return target ? target : 1;
 }
 
@@ -544,7 +603,7 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
 /* ---- readiness ---- */
 
 static bool is_readable(const struct vsocket *s, struct arrival a) {
-  return a.waiting >= (s->low_water < PATIENT_MAX ? s->low_water : PATIENT_MAX);
+  return a.waiting >= (s->low_water < patience(s) ? s->low_water : patience(s));
 }
 
 uint32_t socket_ready(struct vsocket *s) {
@@ -563,7 +622,7 @@ uint32_t socket_ready(struct vsocket *s) {
   if ((shut & VMMC_SHUT_READ) && (shut & VMMC_SHUT_WRITE)) ready |= EPOLLHUP;
   if (shut & VMMC_SHUT_READ) ready |= EPOLLIN | EPOLLRDHUP;
   if (is_readable(s, arrival(s))) ready |= EPOLLIN;
-  if ((shut & VMMC_SHUT_WRITE) || (view.status & VMMC_PEER_CLOSED) || send_room(s))
+  if ((shut & VMMC_SHUT_WRITE) || (view.status & VMMC_PEER_CLOSED) || is_writable(s))
     ready |= EPOLLOUT;
   else
     note_full(s);
@@ -571,8 +630,8 @@ uint32_t socket_ready(struct vsocket *s) {
 }
 
 /*
- * An edge of EPOLLIN is each arrival.  An edge of EPOLLOUT is, as on Linux, not each bit of credit but
- * the first after the socket was found full: the number is odd once `limit` has passed where that was.
+ * An edge of EPOLLIN is each arrival.  An edge of EPOLLOUT is, as on Linux, not each bit of room but a third
+ * of the buffer after the socket was found full: the number is odd once so much is acknowledged.
  * Multipliers keep apart what must not cancel out in the sum.
  */
 struct socket_edges socket_edges(struct vsocket *s) {
@@ -584,7 +643,7 @@ struct socket_edges socket_edges(struct vsocket *s) {
   bool peer_closed = view.status & VMMC_PEER_CLOSED;
   uint64_t state = (view.status & ~(uint32_t)VMMC_PEER_CLOSED) * 0x9e3779b97f4a7c15u + shutdowns * 0xc2b2ae3d27d4eb4fu;
   uint64_t full_at = atomic_load_explicit(&s->full_at, memory_order_relaxed);
-  bool room_since = atomic_load_explicit(&n->limit, memory_order_acquire) > full_at;
+  bool room_since = atomic_load_explicit(&n->acknowledged, memory_order_acquire) >= full_at;
   return (struct socket_edges){
     .in = atomic_load_explicit(&n->placed, memory_order_acquire) + state,
     .out = full_at * 2 + (room_since || peer_closed) + state,
