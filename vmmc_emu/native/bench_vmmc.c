@@ -10,8 +10,11 @@
  *   memcpy     one after the other
  *   send       several under way, as a program that has much to move would
  *   blocking   one at a time, each waited for
+ *   one_way_us from the call that sends until the last byte is seen at the other end, in microseconds
  */
 #include <errno.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +23,7 @@
 #include "vmmc.h"
 
 enum { UNDER_WAY = 4, ROUNDS_MAX = 1000, TIMEOUT_MS = 60000 };
-enum { MEMCPY, SEND, BLOCKING, KINDS };
+enum { MEMCPY, SEND, BLOCKING, ONE_WAY, KINDS };
 
 struct line { /* from node 1's heap to node 0's */
   struct vmmc_endpoint *receiver, *sender;
@@ -91,6 +94,25 @@ static double measure(struct line *l, int kind, double seconds) {
   return (double)(copies * l->size) / (end - start);
 }
 
+/* Microseconds of a send's way: both ends are in this process, on one clock. */
+static double measure_one_way(struct line *l, double seconds) {
+  _Atomic char *seen = (_Atomic char *)l->destination + l->size - 1;
+  double start = now_s(), end = start, spent = 0;
+  uint64_t sends = 0;
+  for (; end < start + seconds; sends++) {
+    char mark = (char)~atomic_load_explicit(seen, memory_order_relaxed);
+    l->source[l->size - 1] = mark;
+    double posted = now_s();
+    int64_t transfer = post(l);
+    /* acquire: what the NIC stored before the last byte is there as well */
+    while (atomic_load_explicit(seen, memory_order_acquire) != mark) sched_yield();
+    end = now_s();
+    spent += end - posted;
+    await(l, transfer);
+  }
+  return spent / (double)sends * 1e6;
+}
+
 static int compare(const void *a, const void *b) {
   double x = *(const double *)a, y = *(const double *)b;
   return (x > y) - (x < y);
@@ -123,13 +145,16 @@ int main(int count, char **arguments) {
 
   static double rates[KINDS][ROUNDS_MAX];
   struct line l = connect_nodes(arguments[1], (uint64_t)size);
-  for (int kind = 0; kind < KINDS; kind++) measure(&l, kind, seconds / 3); /* warm */
-  for (int round = 0; round < (int)rounds; round++)
-    for (int kind = 0; kind < KINDS; kind++) rates[kind][round] = measure(&l, kind, seconds);
+  for (int kind = 0; kind < ONE_WAY; kind++) measure(&l, kind, seconds / 3); /* warm */
+  for (int round = 0; round < (int)rounds; round++) {
+    for (int kind = 0; kind < ONE_WAY; kind++) rates[kind][round] = measure(&l, kind, seconds);
+    rates[ONE_WAY][round] = measure_one_way(&l, seconds);
+  }
   double copy = median(rates[MEMCPY], (int)rounds), send = median(rates[SEND], (int)rounds);
   double blocking = median(rates[BLOCKING], (int)rounds);
   printf("{\"size\": %llu, \"rounds\": %d, \"memcpy\": %.0f, \"send\": %.0f, \"blocking\": %.0f, "
-         "\"send_ratio\": %.3f, \"blocking_ratio\": %.3f}\n",
-         (unsigned long long)l.size, (int)rounds, copy, send, blocking, send / copy, blocking / copy);
+         "\"send_ratio\": %.3f, \"blocking_ratio\": %.3f, \"one_way_us\": %.3f}\n",
+         (unsigned long long)l.size, (int)rounds, copy, send, blocking, send / copy, blocking / copy,
+         median(rates[ONE_WAY], (int)rounds));
   return vmmc_detach(l.sender) || vmmc_detach(l.receiver);
 }
