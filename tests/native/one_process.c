@@ -236,11 +236,10 @@ static _Atomic int accepted;
 static bool acceptable(void *listener) { return socket_ready(listener) & EPOLLIN || atomic_load(&accepted) == CHURN; }
 static bool readable(void *s) { return socket_ready(s) & (EPOLLIN | EPOLLHUP | EPOLLERR); }
 
-/* Waits until ready(s), on its receive word. */
+/* Waits until ready(s), as a reader. */
 static void wait_ready(struct vsocket *s, bool (*ready)(void *)) {
-  struct wait_word word[2];
-  CHECK(socket_wait_words(s, &word[0], &word[1]));
-  int error = wait_until(word, 2, ready, s, WAIT_FOREVER, false);
+  struct wait_word words[SOCKET_WORDS];
+  int error = wait_until(words, socket_wait_words(s, true, false, words), ready, s, WAIT_FOREVER, false);
   if (error) errno = -error, fail("wait_until");
 }
 

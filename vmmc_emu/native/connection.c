@@ -49,6 +49,16 @@ bool connection_over(const struct vsocket *s) {
          (atomic_load_explicit(&s->shut, memory_order_relaxed) & VMMC_SHUT_WRITE) && !connection_unsent(s);
 }
 
+uint32_t connection_leave(struct vsocket *s, bool reset) {
+  if (!connection_view(s).connected) return VMMC_CLOSED;
+  if (!connection_over(s)) return reset ? VMMC_CLOSED | VMMC_ABORT : VMMC_CLOSED;
+  /* Both ends of the stream were sent, there is nothing left to reset: what nobody read does not count. */
+  atomic_store_explicit(&app_slot(s->endpoint, s->slot)->consumed,
+                        atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->placed, memory_order_acquire),
+                        memory_order_release);
+  return VMMC_CLOSED;
+}
+
 int connection_pending_error(struct vsocket *s) {
   int error = atomic_load_explicit(&s->error, memory_order_relaxed);
   if (error || atomic_load_explicit(&s->error_taken, memory_order_relaxed)) return error;
@@ -65,20 +75,14 @@ int connection_take_error(struct vsocket *s) {
   return error && !atomic_exchange(&s->error_taken, 1) ? error : 0;
 }
 
-bool socket_wait_words(struct vsocket *s, struct wait_word *receive, struct wait_word *send) {
-  if (!s->generation || !connection_usable(s)) return false;
+int socket_wait_words(struct vsocket *s, bool receive, bool send, struct wait_word words[SOCKET_WORDS]) {
+  int count = 0;
+  words[count++] = (struct wait_word){ &s->local_wake, &s->local_asleep };
+  if (!s->generation || !connection_usable(s)) return count;
   struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
   const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
-  *receive = (struct wait_word){ &n->wake_rx, &a->asleep_rx };
-  *send = (struct wait_word){ &n->wake_tx, &a->asleep_tx };
-  return true;
-}
-
-int connection_words(struct vsocket *s, bool receive, struct wait_word words[CONNECTION_WORDS]) {
-  struct wait_word rx, tx;
-  int count = 0;
-  if (socket_wait_words(s, &rx, &tx)) words[count++] = receive ? rx : tx;
-  words[count++] = (struct wait_word){ &s->local_wake, &s->local_asleep };
+  if (receive) words[count++] = (struct wait_word){ &n->wake_rx, &a->asleep_rx };
+  if (send) words[count++] = (struct wait_word){ &n->wake_tx, &a->asleep_tx };
   return count;
 }
 
@@ -152,8 +156,8 @@ static bool answered(void *context) {
 
 /* Waits for the answer to the newest request, whatever signals come.  0 or -errno. */
 static int await_answer(struct vsocket *s) {
-  struct wait_word words[CONNECTION_WORDS];
-  int count = connection_words(s, false, words), cancel;
+  struct wait_word words[SOCKET_WORDS];
+  int count = socket_wait_words(s, false, true, words), cancel;
   /* bind and listen are no cancellation points, and connect's is the wait for its outcome */
   pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
   while (wait_until(words, count, answered, s, WAIT_FOREVER, false)) {
@@ -170,8 +174,8 @@ static void learn_addresses(struct vsocket *s) {
 
 /* ---- bind and listen ---- */
 
-static struct vmmc_address wildcard(int family) {
-  struct vmmc_address any = { .family = (uint16_t)family };
+static struct vmmc_address wildcard(int family, uint16_t port) {
+  struct vmmc_address any = { .family = (uint16_t)family, .port = port };
   if (family == AF_INET) any.ip[10] = any.ip[11] = 0xff;
   return any;
 }
@@ -184,6 +188,7 @@ static int bind_slot(struct vsocket *s, const struct vmmc_address *local) {
   if (error) return error;
   s->local = nic_slot(s->endpoint, s->slot)->local;
   s->bound = true;
+  s->bound_address = !address_is_wildcard(&s->local);
   atomic_store_explicit(&s->phase, SOCKET_BOUND, memory_order_release);
   return 0;
 }
@@ -196,8 +201,7 @@ int socket_bind(struct vsocket *s, const struct sockaddr *address, socklen_t len
     struct sockaddr_in in;
     memcpy(&in, address, sizeof in);
     if (in.sin_family == AF_UNSPEC && in.sin_addr.s_addr == 0) {
-      local = wildcard(AF_INET);
-      local.port = ntohs(in.sin_port);
+      local = wildcard(AF_INET, ntohs(in.sin_port));
       error = 0;
     }
   }
@@ -217,7 +221,7 @@ int socket_bind(struct vsocket *s, const struct sockaddr *address, socklen_t len
 static int listen_slot(struct vsocket *s, int backlog) {
   int error = slot_take(s);
   if (error) return error;
-  struct vmmc_address local = s->bound ? s->local : wildcard(s->family);
+  struct vmmc_address local = s->bound ? s->local : wildcard(s->family, 0);
   post_request(s, VMMC_REQUEST_LISTEN, &local, NULL, 0, backlog);
   error = await_answer(s);
   if (error) return error;
@@ -258,6 +262,7 @@ static void inherit(struct vsocket *s, const struct vsocket *listener) {
   s->send_buffer = listener->send_buffer;
   s->linger_s = listener->linger_s;
   s->bind_flags = listener->bind_flags;
+  s->bound_address = listener->bound_address;
   s->flags = listener->flags;
   s->low_water = listener->low_water;
   memcpy(s->kept, listener->kept, sizeof s->kept);
@@ -291,8 +296,8 @@ int socket_accept(struct vsocket *s, bool nonblocking, struct vsocket **out) {
   if (!connection_usable(s)) return -EBADF;
   if (atomic_load(&s->phase) != SOCKET_LISTENING) return -EINVAL;
   uint64_t deadline = connection_deadline(s->receive_timeout_ns);
-  struct wait_word words[CONNECTION_WORDS];
-  int count = connection_words(s, true, words);
+  struct wait_word words[SOCKET_WORDS];
+  int count = socket_wait_words(s, true, false, words);
   for (;;) {
     /* Made only when there is something to accept: a thread that is cancelled asleep leaves nothing. */
     if (!nonblocking) {
@@ -339,14 +344,17 @@ static void abandon(struct vsocket *s, uint32_t bits) {
   /* No send or receive may be in the slot when somebody else gets it. */
   critical_lock(&s->send_lock);
   critical_lock(&s->receive_lock);
+  s->shut = 0;
+  if (!s->bound_address) s->local = wildcard(s->family, s->local.port); /* Linux tells of the port still */
+  atomic_fetch_add(&s->dissolved, 1);
+  /* Before the NIC hears of it, which wakes whoever waits for readiness. */
+  atomic_store_explicit(&s->phase, s->bound ? SOCKET_BOUND : SOCKET_NEW, memory_order_release);
   if (s->generation) {
     atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
     endpoint_ring_slot(s->endpoint, s->slot);
     slot_give_back(s);
   }
   s->generation = 0;
-  s->shut = 0;
-  atomic_store_explicit(&s->phase, s->bound ? SOCKET_BOUND : SOCKET_NEW, memory_order_release);
   critical_unlock(&s->receive_lock);
   critical_unlock(&s->send_lock);
   connection_wake_local(s);
@@ -377,6 +385,7 @@ static int connect_begin(struct vsocket *s, const struct sockaddr *address, sock
     return error;
   }
   learn_addresses(s);
+  atomic_store(&s->error, 0); /* of a connection before this one */
   atomic_store_explicit(&s->phase, SOCKET_CONNECTING, memory_order_release);
   return 0;
 }
@@ -413,8 +422,11 @@ static int connect_step(struct vsocket *s, const struct sockaddr *address, sockl
 /* connect() to AF_UNSPEC dissolves the connection. */
 static int disconnect(struct vsocket *s) {
   control_begin(s);
-  abandon(s, VMMC_CLOSED | VMMC_ABORT);
-  s->error = 0;
+  struct connection_view view = connection_view(s);
+  bool resets = (view.connected || view.connecting) && !connection_over(s);
+  /* The error before what wakes: as Linux, which resets the connection on this side too. */
+  atomic_store(&s->error, resets ? ECONNRESET : connection_pending_error(s));
+  abandon(s, connection_leave(s, true));
   control_end(s);
   return 0;
 }
@@ -433,8 +445,8 @@ int socket_connect(struct vsocket *s, const struct sockaddr *address, socklen_t 
   if (error || !pending) return error;
   if (nonblocking) return pending;
 
-  struct wait_word words[CONNECTION_WORDS];
-  int count = connection_words(s, false, words);
+  struct wait_word words[SOCKET_WORDS];
+  int count = socket_wait_words(s, false, true, words);
   error = wait_until(words, count, connect_decided, s, connection_deadline(s->send_timeout_ns),
                      s->send_timeout_ns != 0);
   if (error == -ETIMEDOUT) return pending;
@@ -478,8 +490,12 @@ int socket_shutdown(struct vsocket *s, int how) {
     return 0;
   }
   atomic_fetch_add_explicit(&s->shutdowns, 1, memory_order_relaxed);
-  if (!view.connected || view.dead) return -ENOTCONN;
-  bool over = connection_over(s); /* Linux then says so, and does it all the same */
+  if (!view.connected || view.dead) {
+    atomic_fetch_or(&s->shut, bits); /* Linux says that there is nothing to shut, and notes it all the same */
+    connection_wake_local(s);
+    return -ENOTCONN;
+  }
+  bool over = connection_over(s);
   critical_lock(&s->send_lock); /* bytes that a send is about to publish go before the end */
   atomic_fetch_or(&s->shut, bits);
   atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);

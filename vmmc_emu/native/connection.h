@@ -22,16 +22,20 @@ struct connection_view connection_view(const struct vsocket *s);
  * the peer's NIC has our end as well is not waited for: in TCP it takes as long as a packet does.) */
 bool connection_over(const struct vsocket *s);
 
+/* Was the connection given up (connect to AF_UNSPEC, say) since s->dissolved was read? */
+static inline bool connection_was_dissolved(const struct vsocket *s, uint32_t since) {
+  return __builtin_expect(atomic_load_explicit(&s->dissolved, memory_order_relaxed) != since, 0);
+}
+
 /* Bytes that were written and that the NIC has yet to send. */
 uint64_t connection_unsent(const struct vsocket *s);
+
+/* The program leaves the connection: VMMC_CLOSED, and VMMC_ABORT where it is to be reset and is not over. */
+uint32_t connection_leave(struct vsocket *s, bool reset);
 
 /* The error that SO_ERROR or the next call would give, as a positive errno, 0 none. */
 int connection_pending_error(struct vsocket *s);
 int connection_take_error(struct vsocket *s); /* the same, which is then taken */
-
-/* All that a thread which waits for this socket sleeps on; returns how many words. */
-enum { CONNECTION_WORDS = 2 };
-int connection_words(struct vsocket *s, bool receive, struct wait_word words[CONNECTION_WORDS]);
 
 /* Bytes of accept entries that wait in a listening socket's stream. */
 uint64_t connection_accepts_waiting(const struct vsocket *s);

@@ -36,40 +36,44 @@ enum {
   SEGMENT_UNCONNECTED = 536,
 };
 
+#define BOOLEAN INT32_MAX, INT32_MIN
+#define ANY INT32_MIN, INT32_MAX
+
 /* Options that are kept and given back: vsocket.kept[i] holds the difference from the default. */
 static const struct kept_option {
   int level, name;
-  int32_t value; /* the default */
-  bool boolean;  /* any number but 0 is kept as 1 */
+  int32_t value;     /* the default */
+  int32_t low, high; /* what is granted; BOOLEAN: any number, and all but 0 is kept as 1 */
+  bool negative;     /* -1 is granted as well, and means the default */
 } kept_options[] = {
-  { SOL_SOCKET, SO_KEEPALIVE, 0, true },
-  { SOL_SOCKET, SO_BROADCAST, 0, true },
-  { SOL_SOCKET, SO_DONTROUTE, 0, true },
-  { SOL_SOCKET, SO_OOBINLINE, 0, true },
-  { SOL_SOCKET, SO_PRIORITY, 0, false },
-  { SOL_SOCKET, SO_TIMESTAMP, 0, true },
-  { IPPROTO_TCP, TCP_NODELAY, 0, true },
-  { IPPROTO_TCP, TCP_CORK, 0, true },
-  { IPPROTO_TCP, TCP_KEEPIDLE, 7200, false },
-  { IPPROTO_TCP, TCP_KEEPINTVL, 75, false },
-  { IPPROTO_TCP, TCP_KEEPCNT, 9, false },
-  { IPPROTO_TCP, TCP_SYNCNT, 6, false },
-  { IPPROTO_TCP, TCP_LINGER2, 60, false },
-  { IPPROTO_TCP, TCP_DEFER_ACCEPT, 0, false },
-  { IPPROTO_TCP, TCP_QUICKACK, 1, true },
-  { IPPROTO_TCP, TCP_USER_TIMEOUT, 0, false },
-  { IPPROTO_TCP, TCP_FASTOPEN, 0, false },
-  { IPPROTO_TCP, OPTION_TCP_FASTOPEN_CONNECT, 0, true },
-  { IPPROTO_TCP, OPTION_TCP_NOTSENT_LOWAT, 0, false },
-  { IPPROTO_IP, IP_TOS, 0, false },
-  { IPPROTO_IP, IP_TTL, 64, false },
-  { IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_WANT, false },
-  { IPPROTO_IP, IP_RECVERR, 0, true },
-  { IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 0, true },
-  { IPPROTO_IP, IP_FREEBIND, 0, true },
-  { IPPROTO_IPV6, IPV6_TCLASS, 0, false },
-  { IPPROTO_IPV6, IPV6_UNICAST_HOPS, 64, false },
-  { IPPROTO_IPV6, IPV6_RECVERR, 0, true },
+  { SOL_SOCKET, SO_KEEPALIVE, 0, BOOLEAN, false },
+  { SOL_SOCKET, SO_BROADCAST, 0, BOOLEAN, false },
+  { SOL_SOCKET, SO_DONTROUTE, 0, BOOLEAN, false },
+  { SOL_SOCKET, SO_OOBINLINE, 0, BOOLEAN, false },
+  { SOL_SOCKET, SO_PRIORITY, 0, ANY, false },
+  { SOL_SOCKET, SO_TIMESTAMP, 0, BOOLEAN, false },
+  { IPPROTO_TCP, TCP_NODELAY, 0, BOOLEAN, false },
+  { IPPROTO_TCP, TCP_CORK, 0, BOOLEAN, false },
+  { IPPROTO_TCP, TCP_KEEPIDLE, 7200, 1, 32767, false },
+  { IPPROTO_TCP, TCP_KEEPINTVL, 75, 1, 32767, false },
+  { IPPROTO_TCP, TCP_KEEPCNT, 9, 1, 127, false },
+  { IPPROTO_TCP, TCP_SYNCNT, 6, 1, 127, false },
+  { IPPROTO_TCP, TCP_LINGER2, 60, ANY, false },
+  { IPPROTO_TCP, TCP_DEFER_ACCEPT, 0, ANY, false },
+  { IPPROTO_TCP, TCP_QUICKACK, 1, BOOLEAN, false },
+  { IPPROTO_TCP, TCP_USER_TIMEOUT, 0, 0, INT32_MAX, false },
+  { IPPROTO_TCP, TCP_FASTOPEN, 0, 0, INT32_MAX, false },
+  { IPPROTO_TCP, OPTION_TCP_FASTOPEN_CONNECT, 0, 0, 1, false },
+  { IPPROTO_TCP, OPTION_TCP_NOTSENT_LOWAT, 0, ANY, false },
+  { IPPROTO_IP, IP_TOS, 0, ANY, false },
+  { IPPROTO_IP, IP_TTL, 64, 1, 255, true },
+  { IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_WANT, IP_PMTUDISC_DONT, IP_PMTUDISC_OMIT, false },
+  { IPPROTO_IP, IP_RECVERR, 0, BOOLEAN, false },
+  { IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 0, BOOLEAN, false },
+  { IPPROTO_IP, IP_FREEBIND, 0, BOOLEAN, false },
+  { IPPROTO_IPV6, IPV6_TCLASS, 0, 0, 255, true },
+  { IPPROTO_IPV6, IPV6_UNICAST_HOPS, 64, 0, 255, true },
+  { IPPROTO_IPV6, IPV6_RECVERR, 0, BOOLEAN, false },
 };
 enum { KEPT_OPTIONS = sizeof kept_options / sizeof *kept_options };
 _Static_assert(KEPT_OPTIONS <= sizeof((struct vsocket *)0)->kept / sizeof(int32_t),
@@ -230,8 +234,11 @@ int socket_setsockopt(struct vsocket *s, int level, int name, const void *value,
       number = *(const unsigned char *)value;
     else if (take_int(value, length, &number))
       return -EINVAL;
-    if (kept_options[index].boolean) number = number != 0;
-    s->kept[index] = (int32_t)((uint32_t)number - (uint32_t)kept_options[index].value);
+    const struct kept_option *option = &kept_options[index];
+    if (option->low > option->high) number = number != 0;
+    else if (option->negative && number == -1) number = option->value;
+    else if (number < option->low || number > option->high) return -EINVAL;
+    s->kept[index] = (int32_t)((uint32_t)number - (uint32_t)option->value);
     return 0;
   }
   switch (level) {
@@ -327,12 +334,11 @@ int socket_getsockopt(struct vsocket *s, int level, int name, void *value, sockl
   switch (level) {
     case SOL_SOCKET: return get_socket_level(s, name, value, length);
     case IPPROTO_TCP: return get_tcp_level(s, name, value, length);
-    case IPPROTO_IPV6:
-      if (name == IPV6_V6ONLY && s->family == AF_INET6)
-        return give_int((s->bind_flags & VMMC_BIND_V6ONLY) != 0, value, length);
-      return -ENOPROTOOPT;
     case IPPROTO_IP: return -ENOPROTOOPT;
-    default: return s->family == AF_INET ? -EOPNOTSUPP : -ENOPROTOOPT; /* Linux's two families differ */
+    default:
+      if (s->family == AF_INET) return -EOPNOTSUPP; /* Linux's two families differ */
+      if (level != IPPROTO_IPV6 || name != IPV6_V6ONLY) return -ENOPROTOOPT;
+      return give_int((s->bind_flags & VMMC_BIND_V6ONLY) != 0, value, length);
   }
 }
 

@@ -78,8 +78,8 @@ struct vsocket *socket_new(int family) {
   s->readiness = NULL;
   memset(&s->local, 0, sizeof s->local);
   memset(&s->peer, 0, sizeof s->peer);
-  s->bound = s->control_busy = s->redirecting = false;
-  s->closing = s->ended = s->shut = s->shutdowns = s->local_asleep = 0;
+  s->bound = s->bound_address = s->control_busy = s->redirecting = false;
+  s->closing = s->ended = s->shut = s->shutdowns = s->dissolved = s->local_asleep = 0;
   s->request = 0;
   s->low_water = 1;
   s->rung = s->outstanding = s->full_at = 0;
@@ -114,8 +114,8 @@ static bool delivered(void *context) {
 
 /* SO_LINGER: until the NIC has nothing left to deliver, or the time is over. */
 static void linger(struct vsocket *s) {
-  struct wait_word words[CONNECTION_WORDS];
-  int count = connection_words(s, false, words);
+  struct wait_word words[SOCKET_WORDS];
+  int count = socket_wait_words(s, false, true, words);
   /* A thread that is cancelled meanwhile must still give the slot back: it is cancelled after that. */
   int cancel;
   pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
@@ -126,16 +126,8 @@ static void linger(struct vsocket *s) {
 static void end(struct vsocket *s) {
   if (atomic_exchange(&s->ended, 1) || !s->generation) return;
   if (!connection_usable(s)) return; /* a child of fork: the parent's connection goes on */
-  uint32_t bits = VMMC_CLOSED;
   bool connected = connection_view(s).connected;
-  if (connected && connection_over(s)) {
-    /* Both ends of the stream were sent, there is nothing left to reset: what nobody read does not count. */
-    atomic_store_explicit(&app_slot(s->endpoint, s->slot)->consumed,
-                          atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->placed, memory_order_acquire),
-                          memory_order_release);
-  } else if (connected && s->linger_s == 0) {
-    bits |= VMMC_ABORT;
-  }
+  uint32_t bits = connection_leave(s, s->linger_s == 0);
   if (s->forks != atomic_load_explicit(&socket_forks, memory_order_relaxed)) bits |= VMMC_FORKED;
   atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
   endpoint_ring_slot(s->endpoint, s->slot);

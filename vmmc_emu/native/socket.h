@@ -54,12 +54,14 @@ struct vsocket {
   struct vsocket *next_free;          /* in the pool of unused sockets */
   struct vmmc_address local, peer;    /* own address once bound or connected, the peer's once connected */
   _Atomic uint32_t forks;             /* of this process when the socket was made, or last used */
-  bool bound;                         /* the program chose `local` by bind */
+  bool bound;                         /* the program chose `local`, its port at least, by bind */
+  bool bound_address;                 /* its address as well: not a wildcard */
   bool control_busy;                  /* a bind, listen or connect is between its request and its answer */
   _Atomic uint32_t closing;           /* socket_close was called */
   _Atomic uint32_t ended;             /* the slot was given back: nothing is left to close */
   _Atomic uint32_t shut;              /* VMMC_SHUT_READ and _WRITE: what the program shut down */
   _Atomic uint32_t shutdowns;         /* calls of shutdown: each is news to edge-triggered sets, as on Linux */
+  _Atomic uint32_t dissolved;         /* connections given up: a call that blocked on one ends with EPIPE, as on Linux */
   _Atomic uint32_t local_wake;        /* changed by this process when a waiter must look again */
   _Atomic uint32_t local_asleep;      /* threads that sleep on it */
   uint32_t request;                   /* newest request in the slot's mailbox */
@@ -107,8 +109,10 @@ struct socket_edges socket_edges(struct vsocket *s);
  * slot yet remembers them. */
 void socket_set_watch(struct vsocket *s, uint64_t groups);
 
-/* The two words that a thread can sleep on for this socket (see wait.h). False: it has no slot yet. */
-bool socket_wait_words(struct vsocket *s, struct wait_word *receive, struct wait_word *send);
+/* All that a thread which waits for this socket sleeps on (see wait.h): how many words.  One of them is for
+ * what this process itself does to the socket; one without a slot has no other. */
+enum { SOCKET_WORDS = 3 };
+int socket_wait_words(struct vsocket *s, bool receive, bool send, struct wait_word words[SOCKET_WORDS]);
 
 /* The socket that holds `slot` of endpoint e now (for the event ring), with a reference; or NULL. */
 struct vsocket *socket_of_slot(struct endpoint *e, uint32_t slot);

@@ -240,9 +240,10 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
   struct pieces from = { vector, count, 0 };
   size_t length = pieces_length(vector, count), sent = 0;
   uint64_t deadline = 0; /* read from the clock only when it is needed */
+  uint32_t dissolved = atomic_load_explicit(&s->dissolved, memory_order_relaxed);
   for (;;) {
     critical_lock(&s->send_lock);
-    ssize_t n = send_obstacle(s);
+    ssize_t n = connection_was_dissolved(s, dissolved) ? -EPIPE : send_obstacle(s);
     /* Nothing to send is not kept waiting. */
     if (n == 0 || (n == -EAGAIN && !length && connection_view(s).connected))
       n = __builtin_expect(pieces_are_nowhere(&from), 0) ? -EFAULT : send_some(s, &from, length - sent);
@@ -261,8 +262,8 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
     }
     if (flags & MSG_DONTWAIT) return sent ? (ssize_t)sent : -EAGAIN;
     if (!deadline) deadline = connection_deadline(s->send_timeout_ns);
-    struct wait_word words[CONNECTION_WORDS];
-    int waited = wait_until(words, connection_words(s, false, words), can_send, s, deadline,
+    struct wait_word words[SOCKET_WORDS];
+    int waited = wait_until(words, socket_wait_words(s, false, true, words), can_send, s, deadline,
                             s->send_timeout_ns != 0);
     if (waited) return sent ? (ssize_t)sent : waited == -ETIMEDOUT ? -EAGAIN : waited;
   }
@@ -474,9 +475,9 @@ static void redirect_cancelled(void *context) { redirect_end(context, false); }
 /* Waits with the address posted, then takes it back.  What wait_until says; *arrived bytes were read. */
 __attribute__((noinline)) static int
 redirect_wait(struct redirected_receive *r, uint64_t deadline, bool timed, uint64_t *arrived) {
-  struct wait_word words[CONNECTION_WORDS];
+  struct wait_word words[SOCKET_WORDS];
   volatile int waited = 0; /* the push may be a setjmp */
-  int count = connection_words(r->socket, true, words);
+  int count = socket_wait_words(r->socket, true, false, words);
   pthread_cleanup_push(redirect_cancelled, r);
   waited = wait_until(words, count, redirect_is_over, r, deadline, timed);
   pthread_cleanup_pop(0);
@@ -566,8 +567,8 @@ static int receive_wait(struct receive *r, uint64_t deadline) {
   struct vsocket *s = r->socket;
   bool timed = s->receive_timeout_ns != 0;
   if (!r->redirecting) {
-    struct wait_word words[CONNECTION_WORDS];
-    return wait_until(words, connection_words(s, true, words), can_receive, r, deadline, timed);
+    struct wait_word words[SOCKET_WORDS];
+    return wait_until(words, socket_wait_words(s, true, false, words), can_receive, r, deadline, timed);
   }
   uint64_t arrived;
   int waited = redirect_wait(&r->redirect, deadline, timed, &arrived);
@@ -584,17 +585,19 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
   struct receive r = { .socket = s, .to = { vector, count, 0 }, .flags = flags };
   r.length = pieces_length(vector, count);
   uint64_t deadline = 0; /* read from the clock only when it is needed */
+  uint32_t dissolved = atomic_load_explicit(&s->dissolved, memory_order_relaxed);
   for (;;) {
     uint64_t target = receive_target(&r);
     size_t before = r.got;
     critical_lock(&s->receive_lock);
-    ssize_t n = receive_look(&r);
+    ssize_t n = connection_was_dissolved(s, dissolved) ? (r.got ? (ssize_t)r.got : -EPIPE) : receive_look(&r);
     critical_unlock(&s->receive_lock);
     if (n != -EAGAIN) return n;
     if (flags & MSG_DONTWAIT) return -EAGAIN;
     if (!deadline) deadline = connection_deadline(s->receive_timeout_ns);
     bool redirected = r.redirecting;
     int waited = receive_wait(&r, deadline);
+    if (!r.length && !connection_was_dissolved(s, dissolved)) return 0; /* Linux: waits, whatever for, and looks no more */
     if (redirected && r.got - before >= target) return (ssize_t)r.got;
     if (waited) return r.got ? (ssize_t)r.got : waited == -ETIMEDOUT ? -EAGAIN : waited;
   }
@@ -613,10 +616,10 @@ uint32_t socket_ready(struct vsocket *s) {
   struct connection_view view = connection_view(s);
   uint32_t ready = connection_pending_error(s) ? EPOLLERR : 0;
   if (view.connecting) return ready;
-  if (phase == SOCKET_NEW || phase == SOCKET_BOUND) return ready | EPOLLOUT | EPOLLHUP;
-
   /* As tcp_poll, whose sk_shutdown is ours and the peer's together. */
   uint32_t shut = atomic_load_explicit(&s->shut, memory_order_relaxed);
+  if (phase == SOCKET_NEW || phase == SOCKET_BOUND)
+    return ready | EPOLLOUT | EPOLLHUP | (shut & VMMC_SHUT_READ ? EPOLLIN | EPOLLRDHUP : 0);
   if (view.status & VMMC_END_OF_FILE) shut |= VMMC_SHUT_READ;
   if (view.dead) shut |= VMMC_SHUT_READ | VMMC_SHUT_WRITE;
   if ((shut & VMMC_SHUT_READ) && (shut & VMMC_SHUT_WRITE)) ready |= EPOLLHUP;

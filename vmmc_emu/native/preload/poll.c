@@ -63,13 +63,12 @@ static bool own_words(struct look *look, struct wait_word *words, int *count) {
   if (look->theirs || look->nested) return false;
   for (nfds_t i = 0; i < look->count; i++) {
     if (!look->files[i]) continue;
-    struct wait_word receive, send;
-    if (look->files[i] == &file_forked || !socket_wait_words(look->files[i]->socket, &receive, &send)) return false;
+    if (look->files[i] == &file_forked || *count + SOCKET_WORDS > WORDS) return false;
     bool out = look->set[i].events & (POLLOUT | POLLWRNORM);
     bool in = look->set[i].events & (POLLIN | POLLRDNORM | POLLRDHUP | POLLPRI) || !out;
-    if (*count + in + out > WORDS) return false;
-    if (in) words[(*count)++] = receive;
-    if (out) words[(*count)++] = send;
+    int added = socket_wait_words(look->files[i]->socket, in, out, words + *count);
+    if (added == 1) return false; /* no slot yet: it may get one meanwhile */
+    *count += added;
   }
   return *count > 0;
 }
