@@ -1,4 +1,4 @@
-"""Threads cancelled in calls, and signal handlers that make calls: the same over the kernel and on a node."""
+"""Threads cancelled in calls; signal handlers that make calls, or leave them by longjmp: as the kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmmc_emu import Cluster
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("name", ["cancel", "handlers", "raw_calls"])
+@pytest.mark.parametrize("name", ["cancel", "handlers", "jumps", "raw_calls"])
 def test_c_program(name: str, two_nodes: Cluster, program: Callable[..., str]) -> None:
     command = [program(name)]
     kernel = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,4 +22,13 @@ def test_same_as_the_kernel(program: list[str], two_nodes: Cluster) -> None:
     command = [sys.executable, str(PROGRAMS / program[0]), *program[1:]]
     kernel = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     node = two_nodes.node(0).run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert node.stdout.splitlines() == kernel.stdout.splitlines()
+
+
+def test_bad_addresses_as_in_the_kernel(two_nodes: Cluster, program: Callable[..., str]) -> None:
+    command = [program("unmapped")]
+    kernel = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (kernel.returncode, kernel.stderr) == (0, "")
+    node = two_nodes.node(0).run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (node.returncode, node.stderr) == (0, "")
     assert node.stdout.splitlines() == kernel.stdout.splitlines()

@@ -111,12 +111,22 @@ static bool control_is_free(void *context) {
   return free;
 }
 
-static void control_begin(struct vsocket *s) {
+static void control_release(struct vsocket *s) {
+  critical_lock(&s->control_lock);
+  s->control_busy = false;
+  critical_unlock(&s->control_lock);
+  connection_wake_local(s);
+}
+static void control_left(void *context) { control_release(context); }
+
+/* `undo` is the caller's until control_end. */
+static void control_begin(struct vsocket *s, struct wait_undo *undo) {
   struct wait_word word = { &s->local_wake, &s->local_asleep };
   for (;;) {
     critical_lock(&s->control_lock);
     bool mine = !s->control_busy;
     s->control_busy = true;
+    if (mine) wait_undo_push(undo, control_left, s);
     critical_unlock(&s->control_lock);
     if (mine) return;
     int cancel; /* neither a signal nor a cancellation ends it */
@@ -126,11 +136,11 @@ static void control_begin(struct vsocket *s) {
   }
 }
 
-static void control_end(struct vsocket *s) {
-  critical_lock(&s->control_lock);
-  s->control_busy = false;
-  critical_unlock(&s->control_lock);
-  connection_wake_local(s);
+static void control_end(struct vsocket *s, const struct wait_undo *undo) {
+  critical_begin(); /* no handler in between */
+  wait_undo_pop(undo);
+  control_release(s);
+  critical_end();
 }
 
 static void post_request(struct vsocket *s, uint32_t op, const struct vmmc_address *local,
@@ -209,12 +219,13 @@ int socket_bind(struct vsocket *s, const struct sockaddr *address, socklen_t len
   if (!connection_usable(s)) return -EBADF;
   if (!address_is_local(&local)) return -EADDRNOTAVAIL;
   if ((s->bind_flags & VMMC_BIND_V6ONLY) && address_is_v4(&local)) return -EINVAL;
-  control_begin(s);
+  struct wait_undo undo;
+  control_begin(s, &undo);
   if (atomic_load(&s->phase) != SOCKET_NEW || s->bound)
     error = -EINVAL;
   else
     error = bind_slot(s, &local);
-  control_end(s);
+  control_end(s, &undo);
   return error;
 }
 
@@ -233,10 +244,11 @@ static int listen_slot(struct vsocket *s, int backlog) {
 int socket_listen(struct vsocket *s, int backlog) {
   if (!connection_usable(s)) return -EBADF;
   if (backlog < 0 || backlog > BACKLOG_MAX) backlog = BACKLOG_MAX; /* unsigned, as Linux takes it */
-  control_begin(s);
+  struct wait_undo undo;
+  control_begin(s, &undo);
   uint32_t phase = atomic_load(&s->phase);
   int error = phase == SOCKET_CONNECTING || phase == SOCKET_CONNECTED ? -EINVAL : listen_slot(s, backlog);
-  control_end(s);
+  control_end(s, &undo);
   return error;
 }
 
@@ -421,13 +433,14 @@ static int connect_step(struct vsocket *s, const struct sockaddr *address, sockl
 
 /* connect() to AF_UNSPEC dissolves the connection. */
 static int disconnect(struct vsocket *s) {
-  control_begin(s);
+  struct wait_undo undo;
+  control_begin(s, &undo);
   struct connection_view view = connection_view(s);
   bool resets = (view.connected || view.connecting) && !connection_over(s);
   /* The error before what wakes: as Linux, which resets the connection on this side too. */
   atomic_store(&s->error, resets ? ECONNRESET : connection_pending_error(s));
   abandon(s, connection_leave(s, true));
-  control_end(s);
+  control_end(s, &undo);
   return 0;
 }
 
@@ -439,9 +452,10 @@ int socket_connect(struct vsocket *s, const struct sockaddr *address, socklen_t 
   if (family == AF_UNSPEC) return disconnect(s);
 
   int pending;
-  control_begin(s);
+  struct wait_undo undo;
+  control_begin(s, &undo);
   int error = connect_step(s, address, length, &pending);
-  control_end(s);
+  control_end(s, &undo);
   if (error || !pending) return error;
   if (nonblocking) return pending;
 
@@ -451,42 +465,43 @@ int socket_connect(struct vsocket *s, const struct sockaddr *address, socklen_t 
                      s->send_timeout_ns != 0);
   if (error == -ETIMEDOUT) return pending;
   if (error) return error; /* a handler ran: it goes on in the background */
-  control_begin(s);
+  control_begin(s, &undo);
   uint32_t phase = atomic_load(&s->phase);
   if (phase == SOCKET_CONNECTING)
     error = connect_outcome(s);
   else /* another thread that waited for the same was faster */
     error = phase == SOCKET_CONNECTED ? 0 : -ECONNABORTED;
-  control_end(s);
+  control_end(s, &undo);
   return error;
 }
 
 /* ---- shutdown ---- */
 
 int socket_shutdown(struct vsocket *s, int how) {
+  struct wait_undo undo;
   if (how < SHUT_RD || how > SHUT_RDWR) return -EINVAL;
   if (!connection_usable(s)) return -EBADF;
   uint32_t bits = (how != SHUT_WR ? VMMC_SHUT_READ : 0) | (how != SHUT_RD ? VMMC_SHUT_WRITE : 0);
   if (atomic_load(&s->phase) == SOCKET_LISTENING) {
     /* Linux: it stops listening, and keeps its address. */
     if (!(bits & VMMC_SHUT_READ)) return 0;
-    control_begin(s);
+    control_begin(s, &undo);
     if (atomic_load(&s->phase) == SOCKET_LISTENING) {
       s->bound = true;
       abandon(s, VMMC_CLOSED);
     }
-    control_end(s);
+    control_end(s, &undo);
     return 0;
   }
   struct connection_view view = connection_view(s);
   if (view.connecting) {
-    control_begin(s);
+    control_begin(s, &undo);
     if (connection_view(s).connecting) {
       /* Linux: the attempt ends. */
       atomic_store(&s->error, ECONNRESET);
       abandon(s, VMMC_CLOSED);
     }
-    control_end(s);
+    control_end(s, &undo);
     return 0;
   }
   atomic_fetch_add_explicit(&s->shutdowns, 1, memory_order_relaxed);

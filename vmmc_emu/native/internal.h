@@ -3,7 +3,7 @@
  *
  * The preload library lies in every program on a node, in front of whatever symbols the program has:
  * a helper of ours called socket_new could be bound in place of the program's own.  So the functions of
- * endpoint.h, wait.h and socket.h carry a prefix that nobody else uses in the object files, and their
+ * endpoint.h, wait.h, fault.h and socket.h carry a prefix that nobody else uses in the object files, and their
  * plain names in the source.  They are not an interface for programs and change without notice.
  */
 #ifndef VMMC_INTERNAL_H
@@ -32,6 +32,10 @@
 #define wait_until vmmc_i_wait_until
 #define wait_signals_now vmmc_i_wait_signals_now
 #define wait_interrupted vmmc_i_wait_interrupted
+
+#define fault_guard vmmc_i_fault_guard
+#define fault_copy vmmc_i_fault_copy
+#define fault_recover vmmc_i_fault_recover
 
 #define socket_new vmmc_i_socket_new
 #define socket_hold vmmc_i_socket_hold

@@ -349,24 +349,20 @@ static uint64_t bytes_waiting(const struct vsocket *s) {
          atomic_load_explicit(&app_slot(s->endpoint, s->slot)->consumed, memory_order_relaxed);
 }
 
-int socket_ioctl(struct vsocket *s, unsigned long request, void *argument) {
+int socket_ioctl(struct vsocket *s, unsigned long request, int *number) {
   if (!connection_usable(s)) return -EBADF;
   bool connected = connection_view(s).connected;
-  int number;
   switch (request) {
     case FIONREAD: /* SIOCINQ */
       if (s->phase == SOCKET_LISTENING) return -EINVAL;
-      number = connected ? (int)bytes_waiting(s) : 0;
-      break;
+      *number = connected ? (int)bytes_waiting(s) : 0;
+      return 0;
     case TIOCOUTQ: /* SIOCOUTQ */
     case SIOCOUTQNSD:
       if (s->phase == SOCKET_LISTENING) return -EINVAL;
-      number = connected ? (int)connection_unsent(s) : 0;
-      break;
-    case SIOCATMARK: number = 0; break;
+      *number = connected ? (int)connection_unsent(s) : 0;
+      return 0;
+    case SIOCATMARK: *number = 0; return 0;
     default: return -ENOTTY;
   }
-  if (socket_is_nowhere(argument)) return -EFAULT;
-  memcpy(argument, &number, sizeof number);
-  return 0;
 }

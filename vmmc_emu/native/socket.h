@@ -29,9 +29,6 @@ VMMC_INTERNAL_BEGIN
 
 enum socket_phase { SOCKET_NEW, SOCKET_BOUND, SOCKET_LISTENING, SOCKET_CONNECTING, SOCKET_CONNECTED };
 
-/* Can no program have memory there?  What is merely unmapped is not looked for: that takes a system call. */
-static inline bool socket_is_nowhere(const void *at) { return (uintptr_t)at < VMMC_PAGE || (intptr_t)at < 0; }
-
 struct vsocket {
   _Atomic uint32_t references;
   int family;               /* AF_INET or AF_INET6 */
@@ -96,7 +93,7 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
 int socket_name(struct vsocket *s, bool peer, struct sockaddr *address, socklen_t *length);
 int socket_getsockopt(struct vsocket *s, int level, int name, void *value, socklen_t *length);
 int socket_setsockopt(struct vsocket *s, int level, int name, const void *value, socklen_t length);
-int socket_ioctl(struct vsocket *s, unsigned long request, void *argument); /* -ENOTTY: not ours */
+int socket_ioctl(struct vsocket *s, unsigned long request, int *number); /* -ENOTTY: not ours */
 
 /* What is ready now, as EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLHUP | EPOLLERR. */
 uint32_t socket_ready(struct vsocket *s);

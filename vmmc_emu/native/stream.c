@@ -22,12 +22,14 @@
 #include <sys/single_threaded.h>
 
 #include "connection.h"
+#include "fault.h"
 #include "heap.h"
 #include "slot.h"
 #include "sys.h"
 
 enum {
   PUBLISH_CHUNK = 32768,             /* bytes after which a long send lets the NIC begin */
+  RECEIVE_CHUNK = 65536,             /* what one copy out moves, all or nothing: a packet over Linux's loopback */
   CALL_BYTES_MAX = 0x7ffff000,       /* MAX_RW_COUNT: what one call moves at most, as on Linux */
 };
 
@@ -61,33 +63,38 @@ static size_t pieces_next(struct pieces *p, size_t most, char **at) {
   return left;
 }
 
-/* A copy from or to these pieces would fail at once. */
-static bool pieces_are_nowhere(const struct pieces *p) {
-  for (int i = 0; i < p->count; i++)
-    if (p->vector[i].iov_len) return socket_is_nowhere(p->vector[i].iov_base); /* those behind it are the next call's */
-  return false;
-}
-
-static void copy_to_ring(char *ring, uint64_t position, struct pieces *from, size_t length) {
+/* Copies between a ring and the program's memory: all, or false: a piece is not there, and what was copied does
+ * not count. */
+static bool copy_to_ring(char *ring, uint64_t position, struct pieces *from, size_t length) {
+  struct pieces before = *from;
   while (length) {
     size_t offset = position % VMMC_RING, run = VMMC_RING - offset;
     char *piece;
     run = pieces_next(from, length < run ? length : run, &piece);
-    memcpy(ring + offset, piece, run);
+    if (!fault_copy(ring + offset, piece, run)) {
+      *from = before;
+      return false;
+    }
     position += run;
     length -= run;
   }
+  return true;
 }
 
-static void copy_from_ring(const char *ring, uint64_t position, struct pieces *to, size_t length) {
+static bool copy_from_ring(const char *ring, uint64_t position, struct pieces *to, size_t length) {
+  struct pieces before = *to;
   while (length) {
     size_t offset = position % VMMC_RING, run = VMMC_RING - offset;
     char *piece;
     run = pieces_next(to, length < run ? length : run, &piece);
-    memcpy(piece, ring + offset, run);
+    if (!fault_copy(piece, ring + offset, run)) {
+      *to = before;
+      return false;
+    }
     position += run;
     length -= run;
   }
+  return true;
 }
 
 /* Threads of this process share the endpoint's counters; a single one needs no locked instruction. */
@@ -213,8 +220,9 @@ static ssize_t send_some(struct vsocket *s, struct pieces *from, size_t length) 
   while (left) {
     size_t piece = left < PUBLISH_CHUNK + PUBLISH_CHUNK / 2 ? left : PUBLISH_CHUNK;
     error = commit_ring(s, written + piece);
+    /* As in the kernel, what lies before the bad address in the same chunk is not sent either. */
+    if (!error && !copy_to_ring(ring, written, from, piece)) error = -EFAULT;
     if (error) break;
-    copy_to_ring(ring, written, from, piece);
     written += piece;
     left -= piece;
     /* release: the bytes before the position */
@@ -246,7 +254,7 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
     ssize_t n = connection_was_dissolved(s, dissolved) ? -EPIPE : send_obstacle(s);
     /* Nothing to send is not kept waiting. */
     if (n == 0 || (n == -EAGAIN && !length && connection_view(s).connected))
-      n = __builtin_expect(pieces_are_nowhere(&from), 0) ? -EFAULT : send_some(s, &from, length - sent);
+      n = send_some(s, &from, length - sent);
     if (n == -EAGAIN && s->generation) note_full(s);
     critical_unlock(&s->send_lock);
     if (n >= 0) {
@@ -257,7 +265,7 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
     if (n != -EAGAIN) {
       if (!sent) return n;
       /* What was sent is told first; the error is the next call's. */
-      if (n != -EPIPE && n != -ENOBUFS) atomic_store(&s->error, (int32_t)-n);
+      if (n != -EPIPE && n != -ENOBUFS && n != -EFAULT) atomic_store(&s->error, (int32_t)-n);
       return (ssize_t)sent;
     }
     if (flags & MSG_DONTWAIT) return sent ? (ssize_t)sent : -EAGAIN;
@@ -405,8 +413,9 @@ static void redirect_progress(struct redirected_receive *r) {
   const char *ring = default_buffer(s->endpoint, s->slot);
   struct iovec head = { r->destination + (at - r->position), from - at };
   struct iovec tail = { r->destination + (to - r->position), end - to };
-  copy_from_ring(ring, at, &(struct pieces){ &head, 1, 0 }, head.iov_len);
-  copy_from_ring(ring, to, &(struct pieces){ &tail, 1, 0 }, tail.iov_len);
+  /* These do not fail: the destination lies in the heap, which is the library's own memory. */
+  (void)copy_from_ring(ring, at, &(struct pieces){ &head, 1, 0 }, head.iov_len);
+  (void)copy_from_ring(ring, to, &(struct pieces){ &tail, 1, 0 }, tail.iov_len);
   uint64_t copied = head.iov_len + tail.iov_len;
   consume(s, end - at);
   if (!copied) return;
@@ -478,9 +487,12 @@ redirect_wait(struct redirected_receive *r, uint64_t deadline, bool timed, uint6
   struct wait_word words[SOCKET_WORDS];
   volatile int waited = 0; /* the push may be a setjmp */
   int count = socket_wait_words(r->socket, true, false, words);
+  struct wait_undo undo;
+  wait_undo_push(&undo, redirect_cancelled, r);
   pthread_cleanup_push(redirect_cancelled, r);
   waited = wait_until(words, count, redirect_is_over, r, deadline, timed);
   pthread_cleanup_pop(0);
+  wait_undo_pop(&undo);
   redirect_end(r, true);
   *arrived = redirect_consumed(r) - r->position;
   return waited;
@@ -507,32 +519,41 @@ static uint64_t receive_target(const struct receive *r) {
   return target ? target : 1;
 }
 
-/* Copies out what is there.  receive_lock is held. */
-static void receive_some(struct receive *r, uint64_t waiting) {
+/* Copies out what is there: bytes that the call has got in all, or -EFAULT.  receive_lock is held. */
+static ssize_t receive_some(struct receive *r, uint64_t waiting) {
   struct vsocket *s = r->socket;
-  size_t length = r->length - r->got;
+  size_t length = r->length - r->got, done = 0;
   if (length > waiting) length = waiting;
-  if (!length) return;
+  if (!length) return (ssize_t)r->got;
   uint64_t consumed = atomic_load_explicit(&app_slot(s->endpoint, s->slot)->consumed, memory_order_relaxed);
-  if (!(r->flags & MSG_TRUNC)) { /* Linux, TCP: MSG_TRUNC throws the bytes away */
-    copy_from_ring(default_buffer(s->endpoint, s->slot), consumed, &r->to, length);
-    COUNT_APP(s, bytes_copied, length);
+  if (r->flags & MSG_TRUNC) done = length; /* Linux, TCP: MSG_TRUNC throws the bytes away */
+  while (done < length) {
+    /* A chunk with a bad address in it stays in the buffer, as a packet does in the kernel. */
+    size_t chunk = length - done < RECEIVE_CHUNK ? length - done : RECEIVE_CHUNK;
+    if (!copy_from_ring(default_buffer(s->endpoint, s->slot), consumed + done, &r->to, chunk)) break;
+    COUNT_APP(s, bytes_copied, chunk);
+    done += chunk;
   }
-  if (!(r->flags & MSG_PEEK)) consume(s, length);
-  r->got += length;
+  if (done && !(r->flags & MSG_PEEK)) consume(s, done);
+  r->got += done;
+  return r->got ? (ssize_t)r->got : -EFAULT;
 }
 
-/* Before the call sleeps: where a late byte may go straight to its place, that place is posted.
- * receive_lock is held. */
-static void receive_prepare(struct receive *r, uint64_t waiting) {
-  if (r->flags & (MSG_PEEK | MSG_TRUNC) || pieces_are_nowhere(&r->to)) return;
+/* Before the call sleeps: where a late byte may go straight to its place, that place is posted.  0, or what
+ * ends the call: it could not take what waits.  receive_lock is held. */
+static ssize_t receive_prepare(struct receive *r, uint64_t waiting) {
+  if (r->flags & (MSG_PEEK | MSG_TRUNC)) return 0;
   if (r->to.count == 1 && r->length) {
     char *destination = (char *)r->to.vector->iov_base + r->to.offset;
     r->redirecting = redirect_post(r->socket, &r->redirect, destination, r->length - r->got,
                                    receive_target(r));
   }
-  if (!r->redirecting && (r->flags & MSG_WAITALL))
-    receive_some(r, waiting); /* the sender may need the room */
+  if (!r->redirecting && (r->flags & MSG_WAITALL) && waiting) { /* the sender may need the room */
+    size_t before = r->got;
+    ssize_t result = receive_some(r, waiting);
+    if (r->got - before < waiting) return result;
+  }
+  return 0;
 }
 
 /* One look: bytes read, 0 at the end, -errno; -EAGAIN: nothing yet.  receive_lock is held. */
@@ -541,14 +562,10 @@ static ssize_t receive_look(struct receive *r) {
   if (s->redirecting) return -EAGAIN; /* what arrives is another thread's, which has its address posted */
   struct arrival a = arrival(s);
   bool nonblocking = r->flags & MSG_DONTWAIT;
-  if (a.waiting && (nonblocking || a.ended || a.waiting >= receive_target(r))) {
-    if (__builtin_expect(pieces_are_nowhere(&r->to), 0) && !(r->flags & MSG_TRUNC)) return -EFAULT;
-    receive_some(r, a.waiting);
-    return (ssize_t)r->got;
-  }
+  if (a.waiting && (nonblocking || a.ended || a.waiting >= receive_target(r))) return receive_some(r, a.waiting);
   if (a.ended) return r->got ? (ssize_t)r->got : receive_obstacle(s);
-  if (!nonblocking) receive_prepare(r, a.waiting);
-  return -EAGAIN;
+  ssize_t ended = nonblocking ? 0 : receive_prepare(r, a.waiting);
+  return ended ? ended : -EAGAIN;
 }
 
 static bool can_receive(void *context) {

@@ -104,7 +104,9 @@ sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void
   int old_type;
   /* Values are taken before the last look: what changes after it wakes us or keeps us awake. */
   uint32_t signals = atomic_load_explicit(&wait_thread.signals, memory_order_relaxed);
+  struct wait_undo undo;
   announce(&sleep);
+  wait_undo_push(&undo, retract, &sleep);
   pthread_cleanup_push(retract, &sleep);
   for (int i = 0; i < count; i++)
     waiters[i] = (struct waiter){ atomic_load(words[i].word), (uintptr_t)words[i].word, WAITER_32, 0 };
@@ -116,6 +118,7 @@ sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void
     result = sleep_on(waiters, count + 1, deadline_ns);
     pthread_setcanceltype(old_type, NULL);
   }
+  wait_undo_pop(&undo);
   pthread_cleanup_pop(1);
   return result;
 }

@@ -25,6 +25,8 @@ struct wait_thread {
   _Atomic uint32_t signals_no_restart; /* of those, how many were installed without SA_RESTART */
   _Atomic uint32_t critical;           /* depth of critical sections: see below */
   _Atomic bool put_off;                /* a handler waits for the end of the critical section */
+  struct wait_undo *undo;              /* what the calls under way give back, innermost first: see below */
+  void **recovery;                     /* where a fault goes on while the program's memory is touched: fault.h */
   struct vmmc_idle idle;
 };
 /* This thread's.  Initial-exec, so that it may be used in a signal handler and costs no call. */
@@ -64,6 +66,28 @@ static inline void critical_lock(pthread_mutex_t *lock) {
 static inline void critical_unlock(pthread_mutex_t *lock) {
   pthread_mutex_unlock(lock);
   critical_end();
+}
+
+/*
+ * A signal handler may leave the call that it interrupted by siglongjmp, and no cleanup of C's runs then.  What
+ * a call must give back stands in a list of records, each in the frame of its function; the interposed longjmp
+ * (preload/jumps.c) runs those of the frames that it leaves.
+ */
+struct wait_undo {
+  struct wait_undo *outer;
+  void (*undo)(void *context);
+  void *context;
+};
+
+static inline void wait_undo_push(struct wait_undo *record, void (*undo)(void *context), void *context) {
+  *record = (struct wait_undo){wait_thread.undo, undo, context};
+  atomic_signal_fence(memory_order_seq_cst); /* a handler finds it filled in */
+  wait_thread.undo = record;
+}
+
+static inline void wait_undo_pop(const struct wait_undo *record) {
+  wait_thread.undo = record->outer;
+  atomic_signal_fence(memory_order_seq_cst); /* not twice: what it speaks of is given back after this */
 }
 
 /* What a wait looks at: its NIC-written word and the count of sleepers that the NIC reads. */

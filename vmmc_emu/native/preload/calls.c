@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
+#include "fault.h"
 #include "process.h"
 #include "readiness.h"
 #include "real.h"
@@ -58,9 +59,10 @@ static ssize_t sent(struct file *f, const struct iovec *vector, int count, int f
   return -1;
 }
 
-/* A list of pieces that the kernel would not begin with: an errno, or 0. */
-static int vector_error(const struct iovec *vector, size_t count) {
-  if (count && socket_is_nowhere(vector)) return EFAULT;
+/* ---- arguments, as the kernel takes them in: copied, and looked at before anything happens; an errno or 0 ---- */
+
+static int take_vector(struct iovec *vector, const struct iovec *given, size_t count) {
+  if (!fault_copy(vector, given, count * sizeof *vector)) return EFAULT;
   for (size_t i = 0; i < count; i++) {
     if ((ssize_t)vector[i].iov_len < 0) return EINVAL;
     if (vector[i].iov_len && (intptr_t)vector[i].iov_base < 0) return EFAULT; /* the rest is found when it is copied */
@@ -68,9 +70,26 @@ static int vector_error(const struct iovec *vector, size_t count) {
   return 0;
 }
 
-static int message_error(const struct msghdr *message) {
-  if (socket_is_nowhere(message)) return EFAULT;
-  return message->msg_iovlen > IOV_MAX ? EMSGSIZE : vector_error(message->msg_iov, message->msg_iovlen);
+static int take_message(struct msghdr *message, const struct msghdr *given) {
+  if (!fault_copy(message, given, sizeof *message)) return EFAULT;
+  return message->msg_iovlen > IOV_MAX ? EMSGSIZE : 0;
+}
+
+/* The address of a message to a connected socket: of no use, but looked at. */
+static int unused_address(const void *address, socklen_t length) {
+  struct sockaddr_storage unused;
+  if (!address) return 0;
+  if (length > sizeof unused) return EINVAL;
+  return fault_copy(&unused, address, length) ? 0 : EFAULT;
+}
+
+/* Who sent: on TCP nobody is named, and the length says so. */
+static int name_nobody(const void *address, socklen_t *length) {
+  socklen_t before, none = 0;
+  if (!address) return 0;
+  if (!fault_copy(&before, length, sizeof before)) return EFAULT;
+  if ((int32_t)before < 0) return EINVAL;
+  return fault_copy(length, &none, sizeof none) ? 0 : EFAULT;
 }
 
 #define REFUSE_IF(error)                         \
@@ -78,6 +97,12 @@ static int message_error(const struct msghdr *message) {
     int error_ = (error);                        \
     if (error_) return (int)wrong(f, error_);    \
   } while (0)
+
+/* What went wrong after the bytes were moved, as in the kernel. */
+static int too_late(int error) {
+  errno = error;
+  return -1;
+}
 
 /* ---- receiving ---- */
 
@@ -102,9 +127,11 @@ static bool is_empty(const struct iovec *vector, int count) {
 
 INTERPOSE ssize_t readv(int fd, const struct iovec *vector, int count) {
   SOCKET_OR(fd, REAL(readv)(fd, vector, count));
-  REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : vector_error(vector, (size_t)count));
-  if (is_empty(vector, count)) return file_put(f), 0;
-  return received(f, vector, count, 0);
+  REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : 0);
+  struct iovec pieces[count + 1];
+  REFUSE_IF(take_vector(pieces, vector, (size_t)count));
+  if (is_empty(pieces, count)) return file_put(f), 0;
+  return received(f, pieces, count, 0);
 }
 
 INTERPOSE ssize_t recv(int fd, void *buffer, size_t length, int flags) {
@@ -120,8 +147,8 @@ INTERPOSE ssize_t recvfrom(int fd, void *restrict buffer, size_t length, int fla
                            socklen_t *restrict address_length) {
   SOCKET_OR(fd, REAL(recvfrom)(fd, buffer, length, flags, address, address_length));
   ssize_t result = received(f, &(struct iovec){buffer, length}, 1, flags);
-  if (result >= 0 && address && address_length) *address_length = 0; /* TCP names nobody */
-  return result;
+  int error = result < 0 ? 0 : name_nobody(address, address_length);
+  return error ? too_late(error) : result;
 }
 INTERPOSE ssize_t __recvfrom_chk(int fd, void *buffer, size_t length, size_t size, int flags, struct sockaddr *address,
                                  socklen_t *address_length) {
@@ -149,18 +176,25 @@ static ssize_t kernel_recvmsg(int fd, struct msghdr *message, int flags) {
 
 INTERPOSE ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
   SOCKET_OR(fd, kernel_recvmsg(fd, message, flags));
-  REFUSE_IF(message_error(message));
-  ssize_t result = received(f, message->msg_iov, (int)message->msg_iovlen, flags);
-  if (result >= 0) {
-    message->msg_namelen = 0;
-    message->msg_controllen = 0;
-    message->msg_flags = flags & MSG_CMSG_CLOEXEC; /* of which Linux tells, though it gave nothing */
-  }
-  return result;
+  struct msghdr m;
+  REFUSE_IF(take_message(&m, message));
+  struct iovec pieces[m.msg_iovlen + 1];
+  REFUSE_IF(take_vector(pieces, m.msg_iov, m.msg_iovlen));
+  ssize_t result = received(f, pieces, (int)m.msg_iovlen, flags);
+  if (result < 0) return result;
+  m.msg_controllen = 0;
+  m.msg_flags = flags & MSG_CMSG_CLOEXEC; /* of which Linux tells, though it gave nothing */
+  int error = name_nobody(m.msg_name, &message->msg_namelen);
+  if (!error && !(fault_copy(&message->msg_flags, &m.msg_flags, sizeof m.msg_flags) &&
+                  fault_copy(&message->msg_controllen, &m.msg_controllen, sizeof m.msg_controllen)))
+    error = EFAULT;
+  return error ? too_late(error) : result;
 }
 
 INTERPOSE int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, struct timespec *timeout) {
   SOCKET_OR(fd, REAL(recvmmsg)(fd, messages, count, flags, timeout));
+  struct timespec limit = {0, 0};
+  REFUSE_IF(timeout && !fault_copy(&limit, timeout, sizeof limit) ? EFAULT : 0);
   file_put(f);
   uint64_t start = vmmc_now_ns();
   unsigned done = 0;
@@ -168,10 +202,15 @@ INTERPOSE int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int fla
     int wait = flags & MSG_WAITFORONE && done ? flags | MSG_DONTWAIT : flags;
     ssize_t got = recvmsg(fd, &messages[done].msg_hdr, wait & ~MSG_WAITFORONE);
     if (got < 0) break;
-    messages[done++].msg_len = (unsigned)got;
+    unsigned length = (unsigned)got;
+    if (!fault_copy(&messages[done].msg_len, &length, sizeof length)) {
+      errno = EFAULT;
+      break;
+    }
+    done++;
     if (got == 0) break; /* end of file: there will be no more */
     /* As the kernel does: the time is looked at after each message only. */
-    if (timeout && vmmc_now_ns() - start >= (uint64_t)timeout->tv_sec * 1000000000 + (uint64_t)timeout->tv_nsec) break;
+    if (timeout && vmmc_now_ns() - start >= (uint64_t)limit.tv_sec * 1000000000 + (uint64_t)limit.tv_nsec) break;
   }
   return done ? (int)done : -1;
 }
@@ -186,9 +225,11 @@ ssize_t __write(int fd, const void *buffer, size_t length) __attribute__((alias(
 
 INTERPOSE ssize_t writev(int fd, const struct iovec *vector, int count) {
   SOCKET_OR(fd, REAL(writev)(fd, vector, count));
-  REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : vector_error(vector, (size_t)count));
-  if (is_empty(vector, count)) return file_put(f), 0;
-  return sent(f, vector, count, 0);
+  REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : 0);
+  struct iovec pieces[count + 1];
+  REFUSE_IF(take_vector(pieces, vector, (size_t)count));
+  if (is_empty(pieces, count)) return file_put(f), 0;
+  return sent(f, pieces, count, 0);
 }
 
 INTERPOSE ssize_t send(int fd, const void *buffer, size_t length, int flags) {
@@ -203,40 +244,51 @@ INTERPOSE ssize_t sendto(int fd, const void *buffer, size_t length, int flags, c
   SOCKET_OR(fd, address && setup_refuses(fd, address, address_length)
                     ? -1
                     : REAL(sendto)(fd, buffer, length, flags, address, address_length));
+  REFUSE_IF(unused_address(address, address_length));
   return sent(f, &(struct iovec){(void *)(uintptr_t)buffer, length}, 1, flags);
 }
 
 /* A VMMC socket is memory of this process: it cannot be handed to another over AF_UNIX. */
-static bool carries_ours(const struct msghdr *message) {
-  if (!process_on_node || !message || !message->msg_control || !message->msg_controllen) return false;
-  for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR((struct msghdr *)(uintptr_t)message, c)) {
+struct cargo {
+  struct msghdr message;
+  bool has_ours;
+};
+static void look_for_ours(void *context) {
+  struct cargo *cargo = context;
+  for (struct cmsghdr *c = CMSG_FIRSTHDR(&cargo->message); c; c = CMSG_NXTHDR(&cargo->message, c)) {
     if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
     for (size_t i = 0; i < (c->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++) {
       int fd;
       memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
       struct file *f = descriptor_peek(fd);
-      if (f && f->kind != FILE_EPOLL) return true;
+      if (f && f->kind != FILE_EPOLL) cargo->has_ours = true;
     }
   }
-  return false;
 }
 
-static bool refuses_message(int fd, const struct msghdr *message) {
-  if (carries_ours(message)) {
+/* What cannot be read is the kernel's to answer. */
+static bool refuses_message(int fd, const struct msghdr *given) {
+  struct cargo cargo = {.has_ours = false};
+  if (!process_on_node || !fault_copy(&cargo.message, given, sizeof cargo.message)) return false;
+  const struct msghdr *message = &cargo.message;
+  if (message->msg_control && message->msg_controllen && fault_guard(look_for_ours, &cargo) && cargo.has_ours) {
     static _Atomic bool said;
     if (!atomic_exchange(&said, true))
       process_say("a VMMC socket cannot be passed to another process over an AF_UNIX socket (EOPNOTSUPP)");
     errno = EOPNOTSUPP;
     return true;
   }
-  return process_on_node && message && message->msg_name &&
-         setup_refuses(fd, message->msg_name, message->msg_namelen);
+  return message->msg_name && setup_refuses(fd, message->msg_name, message->msg_namelen);
 }
 
 INTERPOSE ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
   SOCKET_OR(fd, refuses_message(fd, message) ? -1 : REAL(sendmsg)(fd, message, flags));
-  REFUSE_IF(message_error(message));
-  return sent(f, message->msg_iov, (int)message->msg_iovlen, flags);
+  struct msghdr m;
+  REFUSE_IF(take_message(&m, message));
+  REFUSE_IF(unused_address(m.msg_name, m.msg_namelen));
+  struct iovec pieces[m.msg_iovlen + 1];
+  REFUSE_IF(take_vector(pieces, m.msg_iov, m.msg_iovlen));
+  return sent(f, pieces, (int)m.msg_iovlen, flags);
 }
 
 INTERPOSE int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags) {
@@ -251,14 +303,19 @@ INTERPOSE int sendmmsg(int fd, struct mmsghdr *messages, unsigned count, int fla
   while (done < count) {
     ssize_t put = sendmsg(fd, &messages[done].msg_hdr, flags);
     if (put < 0) break;
-    messages[done++].msg_len = (unsigned)put;
+    unsigned length = (unsigned)put;
+    if (!fault_copy(&messages[done].msg_len, &length, sizeof length)) {
+      errno = EFAULT;
+      break;
+    }
+    done++;
   }
   return done || !count ? (int)done : -1;
 }
 
 /* ---- files ---- */
 
-static void free_buffer(char **buffer) { free(*buffer); }
+static void free_buffer(void *buffer) { free(buffer); }
 
 /* f stays the caller's. */
 static ssize_t send_file_held(struct file *f, int from, off64_t *offset, size_t length) {
@@ -270,8 +327,9 @@ static ssize_t send_file_held(struct file *f, int from, off64_t *offset, size_t 
   off64_t at = offset ? *offset : lseek64(from, 0, SEEK_CUR);
   if (at < 0) return -EINVAL;
   enum { CHUNK = 64 * 1024 };
-  char *buffer __attribute__((cleanup(free_buffer))) = malloc(CHUNK);
+  char *buffer = malloc(CHUNK);
   if (!buffer) return -ENOMEM;
+  AT_END(freed, free_buffer, buffer);
   ssize_t total = 0, result = 0;
   while ((size_t)total < length) {
     /* Room first: what is read and does not fit would be read again. */
@@ -308,14 +366,19 @@ static ssize_t send_file(struct file *f, int from, off64_t *offset, size_t lengt
 
 INTERPOSE ssize_t sendfile64(int to, int from, off64_t *offset, size_t length) {
   SOCKET_OR(to, descriptor_peek(from) ? (errno = EINVAL, -1) : REAL(sendfile64)(to, from, offset, length));
-  return send_file(f, from, offset, length);
+  off64_t at = 0;
+  REFUSE_IF(offset && !fault_copy(&at, offset, sizeof at) ? EFAULT : 0);
+  ssize_t result = send_file(f, from, offset ? &at : NULL, length);
+  return offset && !fault_copy(offset, &at, sizeof at) ? too_late(EFAULT) : result;
 }
 INTERPOSE ssize_t sendfile(int to, int from, off_t *offset, size_t length) {
   SOCKET_OR(to, descriptor_peek(from) ? (errno = EINVAL, -1) : REAL(sendfile)(to, from, offset, length));
-  off64_t wide = offset ? *offset : 0;
+  off_t at = 0;
+  REFUSE_IF(offset && !fault_copy(&at, offset, sizeof at) ? EFAULT : 0);
+  off64_t wide = at;
   ssize_t result = send_file(f, from, offset ? &wide : NULL, length);
-  if (offset) *offset = (off_t)wide;
-  return result;
+  at = (off_t)wide;
+  return offset && !fault_copy(offset, &at, sizeof at) ? too_late(EFAULT) : result;
 }
 
 INTERPOSE ssize_t splice(int from, off64_t *from_offset, int to, off64_t *to_offset, size_t length, unsigned flags) {
@@ -335,14 +398,16 @@ INTERPOSE int ioctl(int fd, unsigned long request, ...) {
   void *argument = va_arg(arguments, void *);
   va_end(arguments);
   SOCKET_OR(fd, REAL(ioctl)(fd, request, argument));
-  int result;
+  int result, number;
   if (request == FIONBIO) {
-    if (socket_is_nowhere(argument)) return (int)wrong(f, EFAULT);
-    atomic_store_explicit(&f->nonblocking, *(int *)argument != 0, memory_order_relaxed);
+    REFUSE_IF(fault_copy(&number, argument, sizeof number) ? 0 : EFAULT);
+    atomic_store_explicit(&f->nonblocking, number != 0, memory_order_relaxed);
     result = 0;
   } else if (request == FIOCLEX || request == FIONCLEX) {
     result = REAL(ioctl)(fd, request) < 0 ? -errno : 0;
-  } else if ((result = socket_ioctl(f->socket, request, argument)) == -ENOTTY && request >= 0x8900 && request < 0x8a00) {
+  } else if ((result = socket_ioctl(f->socket, request, &number)) == 0) {
+    if (!fault_copy(argument, &number, sizeof number)) result = -EFAULT;
+  } else if (result == -ENOTTY && request >= 0x8900 && request < 0x8a00) {
     /* Questions about the host's interfaces, for which any internet socket will do. */
     int handle = REAL(socket)(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     result = handle < 0 ? -errno : REAL(ioctl)(handle, request, argument) < 0 ? -errno : 0;

@@ -85,6 +85,8 @@ void file_put(struct file *f) {
   errno = error;
 }
 
+void file_put_held(void *f) { file_put(f); }
+
 uint32_t descriptor_sockets(void) { return atomic_load_explicit(&open_sockets, memory_order_relaxed); }
 
 /* ---- the table ---- */

@@ -64,9 +64,24 @@ static inline struct file *socket_get(int fd) {
 void file_hold(struct file *f);
 void file_put(struct file *f); /* keeps errno */
 
-/* Gives a file back at the end of the block, also when the thread is cancelled in it. */
-static inline void file_put_held(struct file **f) { file_put(*f); }
-#define HOLDING(f) struct file *held_ __attribute__((cleanup(file_put_held), unused)) = (f)
+/* Runs undo(context) at the end of the block, also when the thread is cancelled in it or leaves it by longjmp. */
+static inline void undo_at_end(struct wait_undo *record) {
+  wait_undo_pop(record);
+  record->undo(record->context);
+}
+#define AT_END(record, undo, context)                         \
+  struct wait_undo record __attribute__((cleanup(undo_at_end))); \
+  wait_undo_push(&record, undo, context)
+
+/* Gives a file back likewise. */
+void file_put_held(void *f);
+static inline void holding_end(struct wait_undo *record) {
+  wait_undo_pop(record);
+  file_put(record->context);
+}
+#define HOLDING(f)                                                \
+  struct wait_undo held_ __attribute__((cleanup(holding_end)));    \
+  wait_undo_push(&held_, file_put_held, f)
 
 /* A new file with one hold, or NULL: ENOMEM. Takes over the reference to the socket. */
 struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instance *set);

@@ -8,6 +8,7 @@
 #include <limits.h>
 #include <sys/syscall.h>
 
+#include "fault.h"
 #include "process.h"
 #include "readiness.h"
 #include "real.h"
@@ -74,8 +75,9 @@ static int without_call_back(struct instance *set, struct epoll_event *events, i
 }
 
 static int change_socket(struct instance *set, int epoll_fd, int operation, int fd, struct file *f,
-                         const struct epoll_event *event) {
-  if (operation != EPOLL_CTL_DEL && !event) return -EFAULT;
+                         const struct epoll_event *given) {
+  struct epoll_event taken, *event = &taken;
+  if (operation != EPOLL_CTL_DEL && !fault_copy(&taken, given, sizeof taken)) return -EFAULT;
   if (operation != EPOLL_CTL_DEL && event->events & EPOLLEXCLUSIVE &&
       (operation == EPOLL_CTL_MOD || f->kind == FILE_EPOLL ||
        event->events & ~(EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP | EPOLLWAKEUP | EPOLLET | EPOLLEXCLUSIVE)))
@@ -161,7 +163,9 @@ static int collect(struct instance *set, int epoll_fd, struct epoll_event *event
       if (n < 0) return -1;
       count += without_call_back(set, events + count, n);
     } else {
-      count += set_harvest(set, events + count, room - count);
+      int n = set_harvest(set, events + count, room - count);
+      if (n < 0 && !count) return -1;
+      if (n > 0) count += n;
     }
   }
   return count;
@@ -204,7 +208,8 @@ struct masked {
   const sigset_t *mask;
   sigset_t before;
 };
-static void unmask(struct masked *m) {
+static void unmask(void *masked) {
+  struct masked *m = masked;
   if (!m->mask) return;
   int error = errno;
   pthread_sigmask(SIG_SETMASK, &m->before, NULL);
@@ -215,7 +220,8 @@ struct kernel_wait {
   struct instance *set;
   int epoll_fd;
 };
-static void kernel_wait_end(struct kernel_wait *w) {
+static void kernel_wait_end(void *wait) {
+  struct kernel_wait *w = wait;
   int error = errno;
   if (atomic_fetch_sub(&w->set->kernel_waiters, 1) == 1 && w->set->kick_fd >= 0) {
     routes_take();
@@ -232,7 +238,8 @@ static bool wait_in_kernel(struct instance *set, int epoll_fd, struct epoll_even
   int count = 0;
   bool over = false;
   atomic_fetch_add(&set->kernel_waiters, 1); /* before the look at members: whoever adds one looks after */
-  struct kernel_wait wait __attribute__((cleanup(kernel_wait_end), unused)) = {set, epoll_fd};
+  struct kernel_wait wait = {set, epoll_fd};
+  AT_END(waiting, kernel_wait_end, &wait);
   while (!over && !atomic_load(&set->members)) {
     struct timespec left = {0, 0}, *left_or_forever = &left;
     uint64_t now = deadline_ns && deadline_ns != WAIT_FOREVER ? vmmc_now_ns() : 0;
@@ -249,8 +256,14 @@ static bool wait_in_kernel(struct instance *set, int epoll_fd, struct epoll_even
   return over;
 }
 
-static int wait_call(int epoll_fd, struct epoll_event *events, int room, const struct timespec *timeout,
-                     const sigset_t *mask) {
+static int wait_call(int epoll_fd, struct epoll_event *events, int room, const struct timespec *given_timeout,
+                     const sigset_t *given_mask) {
+  struct timespec timeout_taken, *timeout = given_timeout ? &timeout_taken : NULL;
+  sigset_t mask_taken, *mask = given_mask ? &mask_taken : NULL;
+  if ((timeout && !fault_copy(timeout, given_timeout, sizeof *timeout)) || (mask && !take_mask(mask, given_mask))) {
+    errno = EFAULT;
+    return -1;
+  }
   struct file *f = descriptor_peek(epoll_fd) ? file_get(epoll_fd) : NULL;
   /* The kernel's answer to what is no set of ours, and to nonsense. */
   if (!f || f->kind != FILE_EPOLL || !events || room <= 0 || (timeout && (timeout->tv_sec < 0 || timeout->tv_nsec < 0))) {
@@ -267,8 +280,9 @@ static int wait_call(int epoll_fd, struct epoll_event *events, int room, const s
                   (uint64_t)timeout->tv_nsec;
   int count = 0;
   if (wait_in_kernel(set, epoll_fd, events, room, deadline_ns, mask, &count)) return count;
-  struct masked masked __attribute__((cleanup(unmask)));
+  struct masked masked;
   masked.mask = mask;
+  AT_END(mask_in_force, unmask, &masked);
   if (mask) pthread_sigmask(SIG_SETMASK, mask, &masked.before); /* after `since`: what it lets through interrupts */
   return wait_mixed(set, epoll_fd, events, room, deadline_ns, since);
 }

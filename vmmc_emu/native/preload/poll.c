@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "fault.h"
 #include "process.h"
 #include "readiness.h"
 #include "real.h"
@@ -91,8 +92,8 @@ static struct instance *gather(struct look *look) {
   return NULL;
 }
 
-static void scatter(struct instance **gathered) {
-  struct instance *set = *gathered;
+static void scatter(void *gathered) {
+  struct instance *set = *(struct instance **)gathered;
   if (!set) return;
   routes_take();
   set_remove_all(set);
@@ -114,7 +115,8 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
     return -1;
   }
   struct vmmc_idle *idle = &wait_self()->idle;
-  struct instance *set __attribute__((cleanup(scatter))) = NULL; /* also when the thread is cancelled */
+  struct instance *set = NULL;
+  AT_END(scattered, scatter, &set);
   int result = 0;
   vmmc_idle_begin(idle);
   for (unsigned round = 0;; round++) {
@@ -159,7 +161,8 @@ struct call {
   sigset_t before;
 };
 
-static void call_end(struct call *call) {
+static void call_end(void *context) {
+  struct call *call = context;
   if (!call->mask && !call->memory) {
     for (nfds_t i = 0; i < call->look.count; i++)
       if (call->look.files[i]) file_put(call->look.files[i]); /* keeps errno */
@@ -177,11 +180,12 @@ static void call_end(struct call *call) {
 static int poll_ours(struct pollfd *set, nfds_t count, uint64_t deadline_ns, const sigset_t *mask) {
   struct file *few_files[ON_STACK];
   struct pollfd few_kernel[ON_STACK + 1];
-  struct call call __attribute__((cleanup(call_end))); /* no initialiser: it would clear `before` each time */
+  struct call call; /* no initialiser: it would clear `before` each time */
   struct look *look = &call.look;
   call.look = (struct look){.set = set, .files = few_files, .kernel = few_kernel};
   call.memory = NULL;
   call.mask = NULL;
+  AT_END(ended, call_end, &call);
   if (count > ON_STACK) {
     call.memory = malloc(count * sizeof(struct file *) + (count + 1) * sizeof(struct pollfd));
     if (!call.memory) {
@@ -210,10 +214,50 @@ static int poll_ours(struct pollfd *set, nfds_t count, uint64_t deadline_ns, con
   return wait_for(look, deadline_ns, since, mask != NULL);
 }
 
-static bool has_ours(const struct pollfd *set, nfds_t count) {
-  for (nfds_t i = 0; i < count; i++)
-    if (set[i].fd >= 0 && descriptor_peek(set[i].fd)) return true;
-  return false;
+static void free_memory(void *memory) {
+  int error = errno;
+  free(memory);
+  errno = error;
+}
+
+/* The program's set.  What cannot be read has none of ours: the kernel says what is wrong with it. */
+struct given {
+  struct pollfd *set;
+  nfds_t count;
+  struct pollfd *copy;
+  bool has_ours;
+};
+static void look_for_ours(void *context) {
+  struct given *given = context;
+  for (nfds_t i = 0; i < given->count && !given->has_ours; i++)
+    given->has_ours = given->set[i].fd >= 0 && descriptor_peek(given->set[i].fd);
+}
+static void give_events(void *context) {
+  struct given *given = context;
+  for (nfds_t i = 0; i < given->count; i++) given->set[i].revents = given->copy[i].revents;
+}
+
+static bool has_ours(struct pollfd *set, nfds_t count) {
+  struct given given = {.set = set, .count = count};
+  return process_on_node && count <= DESCRIPTOR_CHUNK * DESCRIPTOR_CHUNKS && fault_guard(look_for_ours, &given) &&
+         given.has_ours;
+}
+
+/* Polls a copy of the program's set, as the kernel does. */
+static int poll_given(struct pollfd *set, nfds_t count, uint64_t deadline_ns, const sigset_t *mask) {
+  struct pollfd few[ON_STACK], *copy = few, *memory = NULL;
+  if (count > ON_STACK && !(copy = memory = malloc(count * sizeof *copy))) {
+    errno = ENOMEM;
+    return -1;
+  }
+  AT_END(freed, free_memory, memory);
+  int result = 0;
+  if (fault_copy(copy, set, count * sizeof *copy)) {
+    result = poll_ours(copy, count, deadline_ns, mask);
+    if (fault_guard(give_events, &(struct given){.set = set, .count = count, .copy = copy})) return result;
+  }
+  errno = EFAULT;
+  return -1;
 }
 
 /* When a relative time is over; 0: at once. */
@@ -225,20 +269,33 @@ static uint64_t nanoseconds_of(const struct timespec *t) {
   return t->tv_sec > INT32_MAX ? WAIT_FOREVER : (uint64_t)t->tv_sec * 1000000000 + (uint64_t)t->tv_nsec;
 }
 
-static bool is_valid(const struct timespec *t) { return t->tv_sec >= 0 && t->tv_nsec >= 0 && t->tv_nsec < 1000000000; }
+/* A call's timeout and mask, each of which may be NULL: 0 or an errno. */
+static int take_wait(struct timespec *limit, const struct timespec *timeout, sigset_t *own_mask, const sigset_t *mask) {
+  if (timeout && !fault_copy(limit, timeout, sizeof *limit)) return EFAULT;
+  if (timeout && (limit->tv_sec < 0 || limit->tv_nsec < 0 || limit->tv_nsec >= 1000000000)) return EINVAL;
+  return mask && !take_mask(own_mask, mask) ? EFAULT : 0;
+}
+
+static int refused(int error) {
+  errno = error;
+  return -1;
+}
 
 INTERPOSE int poll(struct pollfd *set, nfds_t count, int timeout_ms) {
-  if (!process_on_node || socket_is_nowhere(set) || !has_ours(set, count)) return REAL(poll)(set, count, timeout_ms);
+  if (!has_ours(set, count)) return REAL(poll)(set, count, timeout_ms);
   pthread_testcancel();
-  return poll_ours(set, count, timeout_ms < 0 ? WAIT_FOREVER : deadline_of((uint64_t)timeout_ms * 1000000), NULL);
+  return poll_given(set, count, timeout_ms < 0 ? WAIT_FOREVER : deadline_of((uint64_t)timeout_ms * 1000000), NULL);
 }
 int __poll(struct pollfd *set, nfds_t count, int timeout_ms) __attribute__((alias("poll"), visibility("default")));
 
 INTERPOSE int ppoll(struct pollfd *set, nfds_t count, const struct timespec *timeout, const sigset_t *mask) {
-  if (!process_on_node || socket_is_nowhere(set) || (timeout && !is_valid(timeout)) || !has_ours(set, count))
-    return REAL(ppoll)(set, count, timeout, mask);
+  struct timespec limit;
+  sigset_t own_mask;
+  if (!has_ours(set, count)) return REAL(ppoll)(set, count, timeout, mask);
+  int error = take_wait(&limit, timeout, &own_mask, mask);
+  if (error) return refused(error);
   pthread_testcancel();
-  return poll_ours(set, count, timeout ? deadline_of(nanoseconds_of(timeout)) : WAIT_FOREVER, mask);
+  return poll_given(set, count, timeout ? deadline_of(nanoseconds_of(&limit)) : WAIT_FOREVER, mask ? &own_mask : NULL);
 }
 
 INTERPOSE int __poll_chk(struct pollfd *set, nfds_t count, int timeout_ms, size_t size) {
@@ -265,10 +322,36 @@ static void clear_bits(fd_set *set, int limit) {
   if (set) memset(set, 0, ((size_t)limit + BITS - 1) / BITS * sizeof(long));
 }
 
-static bool select_has_ours(int limit, const fd_set *in, const fd_set *out, const fd_set *except) {
-  for (int fd = 0; fd < limit; fd++)
-    if (descriptor_peek(fd) && (has_bit(in, fd) || has_bit(out, fd) || has_bit(except, fd))) return true;
-  return false;
+/* The sets of one call. */
+struct select_sets {
+  int limit;
+  fd_set *in, *out, *except;
+  bool has_ours;
+  struct pollfd *set; /* the same as poll takes it */
+  nfds_t count;
+  int result; /* descriptors to report; 0: none */
+};
+
+static void look_for_ours_in_sets(void *context) {
+  struct select_sets *s = context;
+  for (int fd = 0; fd < s->limit && !s->has_ours; fd++)
+    s->has_ours = descriptor_peek(fd) && (has_bit(s->in, fd) || has_bit(s->out, fd) || has_bit(s->except, fd));
+}
+
+static bool select_has_ours(struct select_sets *s) {
+  if (!process_on_node || s->limit < 0) return false;
+  if (s->limit > DESCRIPTOR_CHUNK * DESCRIPTOR_CHUNKS) s->limit = DESCRIPTOR_CHUNK * DESCRIPTOR_CHUNKS;
+  return fault_guard(look_for_ours_in_sets, s) && s->has_ours;
+}
+
+static void take_sets(void *context) {
+  struct select_sets *s = context;
+  for (int fd = 0; fd < s->limit; fd++) {
+    short events = (short)((has_bit(s->in, fd) ? POLLIN | POLLRDNORM | POLLRDBAND : 0) |
+                           (has_bit(s->out, fd) ? POLLOUT | POLLWRNORM | POLLWRBAND : 0) |
+                           (has_bit(s->except, fd) ? POLLPRI : 0));
+    if (events) s->set[s->count++] = (struct pollfd){.fd = fd, .events = events};
+  }
 }
 
 enum { /* which poll bits stand for which set, as in the kernel's select */
@@ -277,25 +360,32 @@ enum { /* which poll bits stand for which set, as in the kernel's select */
   SELECT_EXCEPT = POLLPRI,
 };
 
-static void free_memory(struct pollfd **memory) {
-  int error = errno;
-  free(*memory);
-  errno = error;
+static void give_sets(void *context) {
+  struct select_sets *s = context;
+  clear_bits(s->in, s->limit);
+  clear_bits(s->out, s->limit);
+  clear_bits(s->except, s->limit);
+  for (nfds_t i = 0; s->result > 0 && i < s->count; i++) {
+    short got = s->set[i].revents, wanted = s->set[i].events;
+    if (wanted & POLLIN && got & SELECT_IN) put_bit(s->in, s->set[i].fd);
+    if (wanted & POLLOUT && got & SELECT_OUT) put_bit(s->out, s->set[i].fd);
+    if (wanted & POLLPRI && got & SELECT_EXCEPT) put_bit(s->except, s->set[i].fd);
+  }
 }
 
-static int select_ours(int limit, fd_set *in, fd_set *out, fd_set *except, uint64_t deadline_ns, const sigset_t *mask) {
-  struct pollfd few[ON_STACK], *set = few, *memory __attribute__((cleanup(free_memory))) = NULL;
-  nfds_t count = 0;
-  if (limit > ON_STACK && !(set = memory = malloc((size_t)limit * sizeof *set))) {
+static int select_ours(struct select_sets *s, uint64_t deadline_ns, const sigset_t *mask) {
+  struct pollfd few[ON_STACK], *set = few, *memory = NULL;
+  if (s->limit > ON_STACK && !(set = memory = malloc((size_t)s->limit * sizeof *set))) {
     errno = ENOMEM;
     return -1;
   }
-  for (int fd = 0; fd < limit; fd++) {
-    short events = (short)((has_bit(in, fd) ? POLLIN | POLLRDNORM | POLLRDBAND : 0) |
-                           (has_bit(out, fd) ? POLLOUT | POLLWRNORM | POLLWRBAND : 0) |
-                           (has_bit(except, fd) ? POLLPRI : 0));
-    if (events) set[count++] = (struct pollfd){.fd = fd, .events = events};
+  AT_END(freed, free_memory, memory);
+  s->set = set;
+  if (!fault_guard(take_sets, s)) {
+    errno = EFAULT;
+    return -1;
   }
+  nfds_t count = s->count;
   int result;
   for (;;) {
     result = poll_ours(set, count, deadline_ns, mask);
@@ -322,33 +412,32 @@ static int select_ours(int limit, fd_set *in, fd_set *out, fd_set *except, uint6
     for (nfds_t i = 0; i < count; i++)
       if (set[i].revents) set[i].fd = -1;
   }
-  if (result >= 0) {
-    clear_bits(in, limit);
-    clear_bits(out, limit);
-    clear_bits(except, limit);
-    for (nfds_t i = 0; result > 0 && i < count; i++) {
-      short got = set[i].revents, wanted = set[i].events;
-      if (wanted & POLLIN && got & SELECT_IN) put_bit(in, set[i].fd);
-      if (wanted & POLLOUT && got & SELECT_OUT) put_bit(out, set[i].fd);
-      if (wanted & POLLPRI && got & SELECT_EXCEPT) put_bit(except, set[i].fd);
-    }
+  s->result = result;
+  if (result >= 0 && !fault_guard(give_sets, s)) {
+    errno = EFAULT;
+    return -1;
   }
   return result;
 }
 
 INTERPOSE int select(int limit, fd_set *restrict in, fd_set *restrict out, fd_set *restrict except,
                      struct timeval *restrict timeout) {
-  if (!process_on_node || limit < 0 || (timeout && (timeout->tv_sec < 0 || timeout->tv_usec < 0)) ||
-      !select_has_ours(limit, in, out, except))
-    return REAL(select)(limit, in, out, except, timeout);
+  struct select_sets sets = {.limit = limit, .in = in, .out = out, .except = except};
+  struct timeval limit_time;
+  if (!select_has_ours(&sets)) return REAL(select)(limit, in, out, except, timeout);
+  if (timeout && !fault_copy(&limit_time, timeout, sizeof limit_time)) return refused(EFAULT);
+  if (timeout && (limit_time.tv_sec < 0 || limit_time.tv_usec < 0)) return refused(EINVAL);
   pthread_testcancel();
   uint64_t deadline_ns = WAIT_FOREVER;
-  if (timeout && timeout->tv_sec <= INT32_MAX)
-    deadline_ns = deadline_of((uint64_t)timeout->tv_sec * 1000000000 + (uint64_t)timeout->tv_usec * 1000);
-  int result = select_ours(limit, in, out, except, deadline_ns, NULL);
-  if (timeout && deadline_ns != WAIT_FOREVER) { /* Linux leaves what was not slept */
+  if (timeout && limit_time.tv_sec <= INT32_MAX)
+    deadline_ns = deadline_of((uint64_t)limit_time.tv_sec * 1000000000 + (uint64_t)limit_time.tv_usec * 1000);
+  int result = select_ours(&sets, deadline_ns, NULL);
+  if (timeout && deadline_ns != WAIT_FOREVER) { /* Linux leaves what was not slept, where it can */
+    int error = errno;
     uint64_t now = vmmc_now_ns(), left = deadline_ns > now ? deadline_ns - now : 0;
-    *timeout = (struct timeval){(time_t)(left / 1000000000), (suseconds_t)(left % 1000000000 / 1000)};
+    limit_time = (struct timeval){(time_t)(left / 1000000000), (suseconds_t)(left % 1000000000 / 1000)};
+    (void)fault_copy(timeout, &limit_time, sizeof limit_time);
+    errno = error;
   }
   return result;
 }
@@ -357,8 +446,12 @@ int __select(int limit, fd_set *restrict in, fd_set *restrict out, fd_set *restr
 
 INTERPOSE int pselect(int limit, fd_set *restrict in, fd_set *restrict out, fd_set *restrict except,
                       const struct timespec *restrict timeout, const sigset_t *restrict mask) {
-  if (!process_on_node || limit < 0 || (timeout && !is_valid(timeout)) || !select_has_ours(limit, in, out, except))
-    return REAL(pselect)(limit, in, out, except, timeout, mask);
+  struct select_sets sets = {.limit = limit, .in = in, .out = out, .except = except};
+  struct timespec limit_time;
+  sigset_t own_mask;
+  if (!select_has_ours(&sets)) return REAL(pselect)(limit, in, out, except, timeout, mask);
+  int error = take_wait(&limit_time, timeout, &own_mask, mask);
+  if (error) return refused(error);
   pthread_testcancel();
-  return select_ours(limit, in, out, except, timeout ? deadline_of(nanoseconds_of(timeout)) : WAIT_FOREVER, mask);
+  return select_ours(&sets, timeout ? deadline_of(nanoseconds_of(&limit_time)) : WAIT_FOREVER, mask ? &own_mask : NULL);
 }

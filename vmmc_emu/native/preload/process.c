@@ -378,9 +378,9 @@ void process_begin(void) {
   }
   keep_environment();
   close_inherited();
-  signals_begin();
   pthread_atfork(before_fork, in_parent, in_child);
   process_on_node = true;
+  signals_begin();
 }
 
 __attribute__((constructor)) static void begin(void) {

@@ -4,9 +4,11 @@
  * Not those of processes and signals: their raw forms are what runtimes use to go around the C library on
  * purpose, and a child that they make is recognised (descriptors.h, process.h).
  */
+#include <errno.h>
 #include <stdint.h>
 #include <sys/syscall.h>
 
+#include "fault.h"
 #include "process.h"
 #include "real.h"
 
@@ -70,9 +72,12 @@ static long taken_over(long number, const long *a, bool *mine) {
 #endif
     case SYS_ppoll: return ppoll(P(struct pollfd *, 0), N(nfds_t, 1), P(const struct timespec *, 2), P(const sigset_t *, 3));
     case SYS_pselect6: {
-      const struct mask_argument *mask = P(const struct mask_argument *, 5);
-      return pselect(N(int, 0), P(fd_set *, 1), P(fd_set *, 2), P(fd_set *, 3), P(const struct timespec *, 4),
-                     mask ? mask->mask : NULL);
+      struct mask_argument mask = {NULL, 0};
+      if (a[5] && !fault_copy(&mask, P(const struct mask_argument *, 5), sizeof mask)) {
+        errno = EFAULT;
+        return -1;
+      }
+      return pselect(N(int, 0), P(fd_set *, 1), P(fd_set *, 2), P(fd_set *, 3), P(const struct timespec *, 4), mask.mask);
     }
 #ifdef SYS_epoll_create
     case SYS_epoll_create: return epoll_create(N(int, 0));

@@ -296,6 +296,7 @@ static bool set_is_ready(struct instance *set, int depth) {
 
 int set_harvest(struct instance *set, struct epoll_event *events, int room) {
   int count = 0;
+  bool fault = false;
   critical_lock(&set->lock);
   uint32_t left = atomic_load_explicit(&set->listed, memory_order_relaxed); /* each item once */
   while (left-- && count < room) {
@@ -304,14 +305,22 @@ int set_harvest(struct instance *set, struct epoll_event *events, int room) {
     uint32_t ready = would_report(i, &edges, 0);
     unlist(i);
     if (!ready) continue;
+    struct epoll_event event = {.events = ready, .data = i->data};
+    if (!fault_copy(&events[count], &event, sizeof event)) { /* it is reported to who has room for it */
+      enlist(i);
+      fault = true;
+      break;
+    }
+    count++;
     i->fresh = false;
     i->edges = edges;
     if (i->events & EPOLLONESHOT) i->disabled = true;
     else if (!(i->events & EPOLLET)) enlist(i); /* level-triggered: look again next time, after the others */
-    events[count++] = (struct epoll_event){.events = ready, .data = i->data};
   }
   critical_unlock(&set->lock);
-  return count;
+  if (!fault || count) return count;
+  errno = EFAULT;
+  return -1;
 }
 
 void set_clear_list(struct instance *set) {
@@ -374,7 +383,8 @@ struct set_sleeper {
   int waker;                    /* or -1: it sleeps on words, or looks again by itself */
 };
 
-static void set_awake(struct set_sleeper *s) {
+static void set_awake(void *sleeper) {
+  struct set_sleeper *s = sleeper;
   if (s->waker >= 0) {
     atomic_signal_fence(memory_order_seq_cst);
     sleeping_fd = -1;
@@ -406,7 +416,8 @@ void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64
   } else if (group) {
     atomic_fetch_add(&group->asleep, 1);
   }
-  struct set_sleeper sleeper __attribute__((cleanup(set_awake), unused)) = {set, group, waker};
+  struct set_sleeper sleeper = {set, group, waker};
+  AT_END(awake, set_awake, &sleeper);
   if (!set_look(set) && !wait_interrupted(since, true)) {
     if (e) atomic_fetch_add_explicit(&app_header(e)->counters.app_sleeps, 1, memory_order_relaxed);
     if (on_words) wait_on_words(set, word, value, kicks, deadline_ns, since);

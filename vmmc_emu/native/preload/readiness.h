@@ -13,9 +13,11 @@
 #define PRELOAD_READINESS_H
 
 #include <poll.h>
+#include <signal.h>
 #include <sys/epoll.h>
 
 #include "descriptors.h"
+#include "fault.h"
 
 /* One file in one set. */
 struct item {
@@ -67,6 +69,12 @@ uint32_t readiness_of(struct file *f);
 
 /* ---- for epoll.c and poll.c ---- */
 
+/* A mask as the program gives it, in the kernel's size: what calls by number pass has no more. */
+static inline bool take_mask(sigset_t *mask, const sigset_t *given) {
+  sigemptyset(mask);
+  return fault_copy(mask, given, _NSIG / 8);
+}
+
 struct instance *set_new(void); /* NULL: ENOMEM */
 void set_free(struct instance *set); /* without items */
 
@@ -84,7 +92,7 @@ void set_raise(struct item *item, bool kick); /* put on the list; kick: and wake
 bool set_look(struct instance *set);
 /* A cheap look for a poller: may there be anything? */
 bool set_stirs(struct instance *set);
-/* Reports up to `room` ready items; with routes not held. */
+/* Reports up to `room` ready items; with routes not held.  -1, errno: EFAULT before there was one. */
 int set_harvest(struct instance *set, struct epoll_event *events, int room);
 void set_clear_list(struct instance *set);
 

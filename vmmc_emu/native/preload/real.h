@@ -12,6 +12,7 @@
 #include <ifaddrs.h>
 #include <netdb.h>
 #include <poll.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdarg.h>
@@ -44,6 +45,7 @@ int __poll_chk(struct pollfd *set, nfds_t count, int timeout_ms, size_t size);
 int __ppoll_chk(struct pollfd *set, nfds_t count, const struct timespec *timeout, const sigset_t *mask, size_t size);
 int __gethostname_chk(char *name, size_t length, size_t size);
 void __chk_fail(void) __attribute__((noreturn));
+void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noreturn));
 
 #define REAL_CALLS(X)                                                                                        \
   /* descriptors */                                                                                          \
@@ -63,7 +65,8 @@ void __chk_fail(void) __attribute__((noreturn));
   X(getaddrinfo) X(gethostbyname) X(gethostbyname2) X(gethostbyname_r) X(gethostbyname2_r)                   \
   X(gethostbyaddr) X(gethostbyaddr_r) X(getnameinfo) X(gethostname) X(sethostname) X(uname) X(getifaddrs)    \
   /* processes and signals */                                                                                \
-  X(syscall) X(execve) X(execvpe) X(fexecve) X(execveat) X(posix_spawn) X(posix_spawnp) X(sigaction)
+  X(syscall) X(execve) X(execvpe) X(fexecve) X(execveat) X(posix_spawn) X(posix_spawnp) X(sigaction)       \
+  X(longjmp) X(_longjmp) X(siglongjmp) X(__longjmp_chk)
 
 #define REAL_FIELD(name) __typeof__(&name) name;
 struct real_calls {

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "fault.h"
 #include "process.h"
 #include "readiness.h"
 #include "real.h"
@@ -20,6 +21,8 @@
 #ifndef IPPROTO_MPTCP
 #define IPPROTO_MPTCP 262
 #endif
+
+enum { OPTION_BYTES = 512 }; /* more than any option's value has */
 
 /* One setsockopt call that was granted. */
 struct option {
@@ -171,10 +174,18 @@ static bool is_on_host(const struct sockaddr *address) {
   return IN6_IS_ADDR_LOOPBACK(ip) || IN6_IS_ADDR_UNSPECIFIED(ip);
 }
 
-bool setup_refuses(int fd, const struct sockaddr *address, socklen_t length) {
+/* An address as the program gives it: 0 or a negative errno. */
+static int take_address(struct sockaddr_storage *address, const struct sockaddr *given, socklen_t length) {
+  if (length > sizeof *address) return -EINVAL;
+  return !length || fault_copy(address, given, length) ? 0 : -EFAULT;
+}
+
+bool setup_refuses(int fd, const struct sockaddr *given, socklen_t length) {
+  struct sockaddr_storage taken;
+  const struct sockaddr *address = (const struct sockaddr *)&taken;
   uint32_t node;
-  if (!process_on_node || !address || !has_ip(address, length) || is_on_host(address) ||
-      socket_route_of(address, length, &node) == ROUTE_KERNEL)
+  if (!process_on_node || !given || take_address(&taken, given, length) || !has_ip(address, length) ||
+      is_on_host(address) || socket_route_of(address, length, &node) == ROUTE_KERNEL)
     return false;
   int type = 0;
   socklen_t size = sizeof type;
@@ -188,27 +199,32 @@ bool setup_refuses(int fd, const struct sockaddr *address, socklen_t length) {
   return true;
 }
 
-/* An address that the kernel would not read: a negative errno, or 0. */
-static int address_error(const void *address, socklen_t length) {
-  if (length > sizeof(struct sockaddr_storage)) return -EINVAL;
-  return length && socket_is_nowhere(address) ? -EFAULT : 0;
+/* How much room the program has for a result: 0 or a negative errno. */
+static int take_room(socklen_t *room, const socklen_t *length) {
+  if (!fault_copy(room, length, sizeof *room)) return -EFAULT;
+  return (int32_t)*room < 0 ? -EINVAL : 0;
 }
 
-/* Where a value and its length are to be stored: the same. */
-static int result_error(const void *value, const socklen_t *length) {
-  if (socket_is_nowhere(length)) return -EFAULT;
-  if ((int32_t)*length < 0) return -EINVAL;
-  return *length && socket_is_nowhere(value) ? -EFAULT : 0;
+/* Stores a socket's name for the program, as much as fits, and its whole length. */
+static int tell_name(struct vsocket *s, bool peer, struct sockaddr *address, socklen_t *length) {
+  struct sockaddr_storage name;
+  socklen_t size = sizeof name, room;
+  int error = socket_name(s, peer, (struct sockaddr *)&name, &size);
+  if (!error) error = take_room(&room, length);
+  if (error) return error;
+  return fault_copy(address, &name, room < size ? room : size) && fault_copy(length, &size, sizeof size) ? 0 : -EFAULT;
 }
 
 /* ---- the calls ---- */
 
-INTERPOSE int bind(int fd, const struct sockaddr *address, socklen_t length) {
-  SOCKET_OR(fd, REAL(bind)(fd, address, length));
-  int error = address_error(address, length);
+INTERPOSE int bind(int fd, const struct sockaddr *given, socklen_t length) {
+  SOCKET_OR(fd, REAL(bind)(fd, given, length));
+  struct sockaddr_storage taken;
+  const struct sockaddr *address = (const struct sockaddr *)&taken;
+  int error = take_address(&taken, given, length);
   if (error) return finish(f, error);
   uint32_t node;
-  if (address && has_ip(address, length) && address->sa_family == f->socket->family &&
+  if (has_ip(address, length) && address->sa_family == f->socket->family &&
       atomic_load(&f->socket->phase) == SOCKET_NEW &&
       ((is_on_host(address) && socket_port_is_kernels(port_of(address))) ||
        (!socket_address_is_local(address, length) && socket_route_of(address, length, &node) == ROUTE_KERNEL))) {
@@ -227,14 +243,16 @@ INTERPOSE int listen(int fd, int backlog) {
   return finish(f, result);
 }
 
-static int connect_call(int fd, const struct sockaddr *address, socklen_t length) {
+static int connect_call(int fd, const struct sockaddr *given, socklen_t length) {
   pthread_testcancel();
-  SOCKET_OR(fd, setup_refuses(fd, address, length) ? -1 : REAL(connect)(fd, address, length));
-  int error = address_error(address, length);
+  SOCKET_OR(fd, setup_refuses(fd, given, length) ? -1 : REAL(connect)(fd, given, length));
+  struct sockaddr_storage taken;
+  const struct sockaddr *address = (const struct sockaddr *)&taken;
+  int error = take_address(&taken, given, length);
   if (error) return finish(f, error);
   uint32_t node;
   uint32_t phase = atomic_load(&f->socket->phase);
-  if (address && has_ip(address, length) && (phase == SOCKET_NEW || phase == SOCKET_BOUND) &&
+  if (has_ip(address, length) && (phase == SOCKET_NEW || phase == SOCKET_BOUND) &&
       (socket_route_of(address, length, &node) == ROUTE_KERNEL ||
        (is_on_host(address) && socket_port_is_kernels(port_of(address))))) {
     int result = become_kernel(f);
@@ -258,8 +276,8 @@ INTERPOSE int connect(int fd, const struct sockaddr *address, socklen_t length) 
 int __connect(int fd, const struct sockaddr *address, socklen_t length)
     __attribute__((alias("connect"), visibility("default")));
 
-static void close_number(int *number) {
-  if (*number >= 0) REAL(close)(*number);
+static void close_number(void *number) {
+  if (*(int *)number >= 0) REAL(close)(*(int *)number);
 }
 
 /* f stays the caller's. The new number or -errno. */
@@ -269,7 +287,8 @@ static int accept_held(struct file *f, struct sockaddr *address, socklen_t *leng
   /* The number first, as in the kernel: without one the connection stays in the queue.  A look at an empty
    * queue needs none. */
   bool empty = nonblocking && !(socket_ready(f->socket) & EPOLLIN);
-  int number __attribute__((cleanup(close_number))) = empty ? -1 : descriptor_placeholder(flags & SOCK_CLOEXEC);
+  int number = empty ? -1 : descriptor_placeholder(flags & SOCK_CLOEXEC);
+  AT_END(closed, close_number, &number);
   if (!empty && number < 0) return -errno;
   int result = socket_accept(f->socket, nonblocking, &s);
   if (result < 0) return result;
@@ -279,11 +298,12 @@ static int accept_held(struct file *f, struct sockaddr *address, socklen_t *leng
     socket_release(s);
     return result;
   }
-  struct sockaddr_storage peer;
-  socklen_t peer_length = sizeof peer;
-  if (address && socket_name(s, true, (struct sockaddr *)&peer, &peer_length) == 0) {
-    memcpy(address, &peer, *length < peer_length ? *length : peer_length);
-    *length = peer_length;
+  /* Where that cannot be told the connection is lost, as on Linux; one that has ended by now has no name. */
+  result = address ? tell_name(s, true, address, length) : 0;
+  if (result < 0 && result != -ENOTCONN) {
+    socket_close(s);
+    socket_release(s);
+    return result;
   }
   result = number_for(s, number, flags); /* closes it where that fails */
   number = -1;
@@ -295,8 +315,6 @@ static int accept_call(int fd, struct sockaddr *address, socklen_t *length, int 
   SOCKET_OR(fd, descriptor_fresh(is_accept4 ? REAL(accept4)(fd, address, length, flags)
                                             : REAL(accept)(fd, address, length)));
   if (flags & ~(SOCK_NONBLOCK | SOCK_CLOEXEC)) return finish(f, -EINVAL);
-  int error = address ? result_error(address, length) : 0;
-  if (error) return finish(f, error); /* Linux would lose the connection */
   int result;
   {
     HOLDING(f);
@@ -322,25 +340,36 @@ INTERPOSE int shutdown(int fd, int how) {
 
 INTERPOSE int getsockname(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
   SOCKET_OR(fd, REAL(getsockname)(fd, address, length));
-  int error = result_error(address, length);
-  return finish(f, error ? error : socket_name(f->socket, false, address, length));
+  return finish(f, tell_name(f->socket, false, address, length));
 }
 INTERPOSE int getpeername(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
   SOCKET_OR(fd, REAL(getpeername)(fd, address, length));
-  int error = result_error(address, length);
-  return finish(f, error ? error : socket_name(f->socket, true, address, length));
+  return finish(f, tell_name(f->socket, true, address, length));
 }
 INTERPOSE int getsockopt(int fd, int level, int name, void *restrict value, socklen_t *restrict length) {
   SOCKET_OR(fd, REAL(getsockopt)(fd, level, name, value, length));
-  int error = result_error(value, length);
-  return finish(f, error ? error : socket_getsockopt(f->socket, level, name, value, length));
+  char kept[OPTION_BYTES];
+  socklen_t room = 0;
+  int result = take_room(&room, length);
+  if (room > sizeof kept) room = sizeof kept;
+  if (!result) result = socket_getsockopt(f->socket, level, name, kept, &room);
+  if (!result && !(fault_copy(value, kept, room) && fault_copy(length, &room, sizeof room))) result = -EFAULT;
+  return finish(f, result);
 }
+/* An option's value.  The kernel reads what the option needs, mostly a number, whatever is said to lie behind it. */
+static bool take_option(char taken[OPTION_BYTES], int level, int name, const void *value, socklen_t length) {
+  if (fault_copy(taken, value, length < OPTION_BYTES ? length : OPTION_BYTES)) return true;
+  bool is_structure = level == SOL_SOCKET && (name == SO_LINGER || name == SO_RCVTIMEO || name == SO_SNDTIMEO);
+  return !is_structure && length > sizeof(int) && fault_copy(taken, value, sizeof(int));
+}
+
 INTERPOSE int setsockopt(int fd, int level, int name, const void *value, socklen_t length) {
   SOCKET_OR(fd, REAL(setsockopt)(fd, level, name, value, length));
-  if ((int32_t)length >= 0 && length && socket_is_nowhere(value)) return finish(f, -EFAULT);
-  int result = socket_setsockopt(f->socket, level, name, value, length);
+  char taken[OPTION_BYTES] = "";
+  if ((int32_t)length > 0 && !take_option(taken, level, name, value, length)) return finish(f, -EFAULT);
+  int result = socket_setsockopt(f->socket, level, name, taken, length);
   uint32_t phase = atomic_load(&f->socket->phase);
-  if (result == 0 && value && length <= 64 && (phase == SOCKET_NEW || phase == SOCKET_BOUND))
-    remember_option(f, level, name, value, length);
+  if (result == 0 && length <= 64 && (phase == SOCKET_NEW || phase == SOCKET_BOUND))
+    remember_option(f, level, name, taken, length);
   return finish(f, result);
 }

@@ -4,6 +4,10 @@
  *
  * The kernel gets one of four functions of ours; which of them it has tells how the program installed its
  * handler (SA_RESTART, SA_SIGINFO), and the table below tells which handler to call.
+ *
+ * SIGSEGV and SIGBUS have one of ours from the start, since a call of ours that was given a bad address has to
+ * say EFAULT (fault.h).  Every other fault is the program's: its handler gets it, with the mask, the stack and
+ * the context that the kernel would give it; without one the default action follows, at the same instruction.
  */
 #include <errno.h>
 #include <stdint.h>
@@ -11,6 +15,7 @@
 #include <sys/syscall.h>
 #include <ucontext.h>
 
+#include "fault.h"
 #include "process.h"
 #include "readiness.h"
 #include "real.h"
@@ -55,26 +60,43 @@ static void put_off_end(void) {
   errno = error;
 }
 
-void signals_begin(void) { wait_put_off_end = put_off_end; }
 
 /* ---- the wrapper ---- */
 
+/* Faults of the program's own: they cannot come while it waits, and some runtimes raise many. */
+static bool is_fault(int signal) {
+  return signal == SIGSEGV || signal == SIGBUS || signal == SIGFPE || signal == SIGILL || signal == SIGTRAP;
+}
+
+/* The faults that a bad address raises. */
+static bool is_bad_address(int signal) { return signal == SIGSEGV || signal == SIGBUS; }
+
+/* The kernel raised it for what the thread just did: nobody sent it. */
+static bool is_raised(const siginfo_t *info) { return info->si_code > 0; }
+
 static void ran(int signal, siginfo_t *info, void *context, bool restarts) {
   struct wait_thread *self = wait_self();
-  if (__builtin_expect(atomic_load_explicit(&self->critical, memory_order_relaxed) != 0, 0)) {
+  bool raised = is_bad_address(signal) && is_raised(info);
+  if (raised && fault_recover(context)) return;
+  if (__builtin_expect(atomic_load_explicit(&self->critical, memory_order_relaxed) != 0, 0) && !raised) {
     put_off(signal, info, context);
     return;
   }
   if (atomic_load_explicit(&once, memory_order_relaxed) >> (signal - 1) & 1) {
     struct sigaction standard = {.sa_handler = SIG_DFL};
-    REAL(sigaction)(signal, &standard, NULL);
+    sigaction(signal, &standard, NULL);
   }
   /* Before the handler, which may never return (longjmp).  Same thread as the waiter: relaxed will do. */
-  if (!restarts) atomic_fetch_add_explicit(&self->signals_no_restart, 1, memory_order_relaxed);
-  atomic_fetch_add_explicit(&self->signals, 1, memory_order_relaxed);
-  readiness_signal();
+  if (!raised) {
+    if (!restarts) atomic_fetch_add_explicit(&self->signals_no_restart, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&self->signals, 1, memory_order_relaxed);
+    readiness_signal();
+  }
+  void **recovery = self->recovery; /* the interrupted code's, not the handler's; one that never returns ends it */
+  self->recovery = NULL;
   /* A handler of one argument does not mind the others. */
   ((signal_action *)atomic_load_explicit(&handlers[signal], memory_order_acquire))(signal, info, context);
+  self->recovery = recovery;
 }
 
 /* no_icf: told apart by their addresses, though their code is the same in pairs. */
@@ -85,13 +107,18 @@ __attribute__((no_icf, noinline)) static void ran_info_restart(int s, siginfo_t 
 
 static signal_action *const wrappers[2][2] = {{ran_plain, ran_restart}, {ran_info, ran_info_restart}};
 
-/* Faults of the program's own: they cannot come while it waits, and some runtimes raise many. */
-static bool is_fault(int signal) {
-  return signal == SIGSEGV || signal == SIGBUS || signal == SIGFPE || signal == SIGILL || signal == SIGTRAP;
+/* In place of SIG_DFL where the address may have been ours to look at.  A function of its own, and not an entry
+ * in the table: a vfork child that sets its signals to their defaults shares the table with its parent. */
+static void ran_default(int signal, siginfo_t *info, void *context) {
+  if (is_raised(info) && fault_recover(context)) return;
+  struct sigaction standard = {.sa_handler = SIG_DFL};
+  REAL(sigaction)(signal, &standard, NULL);
+  /* The instruction raises it again; a signal that was sent is sent again. */
+  if (!is_raised(info)) REAL(syscall)(SYS_rt_tgsigqueueinfo, getpid(), REAL(syscall)(SYS_gettid), signal, info);
 }
 
 INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, struct sigaction *restrict old) {
-  if (!process_on_node || signal < 1 || signal >= _NSIG || is_fault(signal))
+  if (!process_on_node || signal < 1 || signal >= _NSIG || (is_fault(signal) && !is_bad_address(signal)))
     return REAL(sigaction)(signal, action, old);
   uintptr_t before = atomic_load_explicit(&handlers[signal], memory_order_acquire);
   uint64_t bit = 1ull << (signal - 1);
@@ -106,6 +133,9 @@ INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, str
           wrappers[(action->sa_flags & SA_SIGINFO) != 0][(action->sa_flags & SA_RESTART) != 0];
       wrapped.sa_flags |= SA_SIGINFO;
       wrapped.sa_flags &= ~(int)SA_RESETHAND;
+    } else if (action->sa_handler == SIG_DFL && is_bad_address(signal)) {
+      wrapped.sa_sigaction = ran_default;
+      wrapped.sa_flags |= SA_SIGINFO;
     }
   }
   if (action && action->sa_flags & (int)SA_RESETHAND) atomic_fetch_or(&once, bit);
@@ -118,6 +148,10 @@ INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, str
   if (action && !(action->sa_flags & (int)SA_RESETHAND)) atomic_fetch_and(&once, ~bit);
   if (!old) return 0;
   *old = kernels;
+  if (kernels.sa_sigaction == ran_default) {
+    old->sa_handler = SIG_DFL;
+    old->sa_flags &= ~SA_SIGINFO;
+  }
   for (int info = 0; info < 2; info++) {
     for (int restart = 0; restart < 2; restart++) {
       if (kernels.sa_sigaction != wrappers[info][restart]) continue;
@@ -130,6 +164,15 @@ INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, str
 }
 int __sigaction(int signal, const struct sigaction *restrict action, struct sigaction *restrict old)
     __attribute__((alias("sigaction"), nothrow, leaf, visibility("default")));
+
+void signals_begin(void) {
+  wait_put_off_end = put_off_end;
+  static const int bad_address[] = {SIGSEGV, SIGBUS};
+  for (int i = 0; i < 2; i++) { /* what is there already goes behind ours */
+    struct sigaction now;
+    if (REAL(sigaction)(bad_address[i], NULL, &now) == 0) sigaction(bad_address[i], &now, NULL);
+  }
+}
 
 static sighandler_t install(int number, sighandler_t handler, int flags) {
   struct sigaction action = {.sa_handler = handler, .sa_flags = flags}, old;

@@ -1,0 +1,31 @@
+/*
+ * fault.h: touching memory that the program named, which may not be there.
+ *
+ * The kernel answers EFAULT to a bad address; a library that copies would crash.  Whatever the program named
+ * is therefore touched in a guarded access: a fault in it ends the access, and the call says EFAULT.  That
+ * costs a few stores where nothing is wrong, and needs the handler of SIGSEGV and SIGBUS that the preload
+ * library keeps (preload/signals.c): without it a fault is a fault.
+ */
+#ifndef VMMC_FAULT_H
+#define VMMC_FAULT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "internal.h"
+
+VMMC_INTERNAL_BEGIN
+
+/* Runs access(context).  False: it met an address that is bad, and ended there.  The access itself must have
+ * nothing to give back. */
+bool fault_guard(void (*access)(void *context), void *context);
+
+/* Copies in or out, one side being the program's.  False: EFAULT; then some of the bytes may have been copied. */
+bool fault_copy(void *to, const void *from, size_t length);
+
+/* For the handler of a fault: when it came in a guarded access of this thread, `ucontext` goes on behind that. */
+bool fault_recover(void *ucontext);
+
+VMMC_INTERNAL_END
+
+#endif
