@@ -177,17 +177,30 @@ void command_packet(const struct packet *p) {
   }
 }
 
+static uint32_t command_node(const struct own_command *own) {
+  return own->command.op == VMMC_OP_IMPORT ? own->command.node : own->import.node;
+}
+
 /* What is unanswered by a node whose NIC died is said again. */
 void command_retell(struct endpoint *e, uint32_t node) {
   if (!e->vmmc_committed) return;
   struct link *link = NULL;
   for (uint32_t i = 0; i < VMMC_COMMANDS; i++) {
     struct own_command *own = &e->own->command[i];
-    uint32_t to = own->command.op == VMMC_OP_IMPORT ? own->command.node : own->import.node;
-    if (own->state == COMMAND_NONE || to != node || !(link = link_to(node))) continue;
+    if (own->state == COMMAND_NONE || command_node(own) != node || !(link = link_to(node))) continue;
     own->state = COMMAND_WAITS;
     if (own->command.op == VMMC_OP_SEND) own->moved = 0;
     link_enqueue(link, &e->command[i].work);
+  }
+}
+
+/* That node was given up as unreachable: whatever it was asked for and has not answered. */
+void commands_given_up(struct endpoint *e, uint32_t node) {
+  if (!e->vmmc_committed) return;
+  for (uint32_t i = 0; i < VMMC_COMMANDS; i++) {
+    struct own_command *own = &e->own->command[i];
+    if (own->state == COMMAND_NONE || command_node(own) != node) continue;
+    command_complete(e, own->command.index, ETIMEDOUT, 0, 0, 0);
   }
 }
 

@@ -897,6 +897,24 @@ void connection_retell(struct endpoint *e, uint32_t slot) {
   connection_enqueue(e, slot);
 }
 
+/* What there is with a node, one of the two having been given up as unreachable.  asking: connections that
+ * are not made yet are asked for again instead of failing. */
+void connections_given_up(struct endpoint *e, uint32_t node, int error, bool asking) {
+  for (int pass = 0; pass < 2; pass++) {
+    uint32_t end = pass ? e->own->passive_end : e->own->active_end;
+    for (uint32_t slot = pass ? VMMC_ACTIVE_SLOTS : 0; slot < end; slot++) {
+      struct connection *c = connection_of(e, slot);
+      bool asks = c->state == CONNECTION_CONNECTING || c->state == CONNECTION_BUSY;
+      bool made = c->state == CONNECTION_ESTABLISHED || c->state == CONNECTION_CLOSING;
+      if (c->far_node != node || !(asks || made)) continue;
+      if (asks && asking)
+        connection_retell(e, slot);
+      else
+        connection_fail(e, slot, error);
+    }
+  }
+}
+
 void connection_unmake(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
   if (c->state == CONNECTION_NONE || !(c->flags & UNQUEUED)) return;

@@ -349,3 +349,13 @@ void remote_gone(uint32_t node, uint32_t serial) {
     return;
   }
 }
+
+/* That node could not reach us for a while: which of its endpoints have ended since, nobody told. */
+void remotes_given_up(uint32_t node) {
+  for (struct remote *r = nic.remotes, *next; r; r = next) {
+    next = r->next;
+    if (r->node != node) continue;
+    r->gone = true; /* one that lives is mapped again when it is needed */
+    if (!r->references) remote_drop(r);
+  }
+}

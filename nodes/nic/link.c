@@ -11,34 +11,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "nic.h"
-
-struct outbox { /* answers that found no room */
-  struct outbox *next;
-  struct packet packet;
-};
-struct busy { /* a connection that waits for RETRY */
-  uint32_t index, serial, slot;
-};
-
-struct link {
-  uint32_t node;
-  struct link_queue *out;       /* ours */
-  const struct link_queue *in;  /* the peer's, NULL until it made it */
-  struct vmmc_door *door;       /* the peer's */
-  const struct vmmc_pub *pub;   /* the peer's */
-  uint32_t incarnation;         /* of the peer's NIC, as last seen */
-  uint64_t tail;                /* packets filled by us, published at the next ring */
-  uint64_t taken;               /* packets of `in` handled */
-  uint64_t again;               /* packets before this may have been handled by a predecessor */
-  bool unrung;                  /* published something since the peer's doorbell was rung */
-  struct work *first, *last;    /* connections and commands with something to say */
-  struct outbox *outbox, **outbox_end;
-  struct busy *busy;
-  uint32_t busy_count, busy_size;
-  bool in_busy_links;
-  struct link *next_busy;       /* in nic.busy_links */
-};
+#include "link.h"
 
 enum {
   RECEIVE_SHARE = 64,  /* packets of one link before the next has its turn */
@@ -88,11 +61,12 @@ struct link *link_to(uint32_t node) {
   link->outbox_end = &link->outbox;
   link->incarnation = atomic_load(&link->pub->incarnation);
   nic.link[node] = link;
+  retransmit_recover(link);
   return link;
 }
 
 /* The peer's queue, once it has made it. */
-static bool link_opened(struct link *link) {
+bool link_opened(struct link *link) {
   if (link->in) return true;
   if (link->node == nic.node) {
     link->in = link->out;
@@ -106,6 +80,7 @@ static bool link_opened(struct link *link) {
 }
 
 static uint64_t taken_by_peer(struct link *link) {
+  if (link->retransmit) return retransmit_acknowledged(link);
   /* acquire: the peer has read the packets before it says so */
   return link_opened(link) ? atomic_load_explicit(&link->in->taken, memory_order_acquire) : 0;
 }
@@ -126,6 +101,7 @@ void link_push(struct link *link) {
   /* release: the packet, and the bytes that it refers to, before the count that publishes it */
   atomic_store_explicit(&link->out->tail, link->tail, memory_order_release);
   link->unrung = true;
+  if (link->retransmit) retransmit_sent(link);
   COUNT_NODE(packets_sent, 1);
 }
 
@@ -148,7 +124,13 @@ static void link_ring(struct link *link) {
   }
 }
 
-static void link_activate(struct link *link) {
+/* Rings our own door. */
+void link_look_again(struct link *link) {
+  atomic_fetch_or(&nic.door->link[link->node / 64], 1ull << link->node % 64);
+  atomic_fetch_or(&nic.door->summary, 1ull << link->node / 64);
+}
+
+void link_activate(struct link *link) {
   if (link->in_busy_links) return;
   link->in_busy_links = true;
   link->next_busy = nic.busy_links;
@@ -183,7 +165,7 @@ void link_forget(struct link *link, struct work *work) {
 
 void link_reply(struct link *link, const struct packet *p) {
   link_activate(link);
-  if (!link->outbox && link_room(link)) {
+  if (!link->outbox && !link->out->gave_up && link_room(link)) {
     *link_next(link) = *p;
     link_push(link);
     return;
@@ -241,6 +223,24 @@ static void link_retell(struct link *link) {
   link_retry(link, CONNECT_AGAIN);
 }
 
+/* The peer could not reach us for so long that it has given up all that was under way, answers included. */
+static void link_given_up(struct link *link) {
+  log_event("warning", "node%u had given this node up: its connections are reset", link->node);
+  for (uint32_t i = 0; i < nic.live_count; i++) {
+    struct endpoint *e = nic.endpoint[nic.live[i]];
+    connections_given_up(e, link->node, ECONNRESET, true);
+    command_retell(e, link->node);
+  }
+  link_retry(link, CONNECT_AGAIN);
+  remotes_given_up(link->node);
+}
+
+void link_drop_answers(struct link *link) {
+  for (struct outbox *entry; (entry = link->outbox); free(entry)) link->outbox = entry->next;
+  link->outbox_end = &link->outbox;
+  link->busy_count = 0;
+}
+
 static void dispatch(struct link *link, const struct packet *p) {
   COUNT_NODE(packets_received, 1);
   switch (p->type) {
@@ -254,9 +254,25 @@ static void dispatch(struct link *link, const struct packet *p) {
     case PACKET_IMPORTED: case PACKET_SENT: case PACKET_FETCHED: command_packet(p); break;
     case PACKET_SEND: transfer_send_arrived(link, p); break;
     case PACKET_FETCH: transfer_fetch_arrived(link, p); break;
+    case PACKET_NONE: case PACKET_PROBE: break;
+    case PACKET_GIVEN_UP: link_given_up(link); break;
     case PACKET_GONE: remote_gone(link->node, p->from.serial); break;
     default: COUNT_NODE(packets_dropped, 1);
   }
+}
+
+void link_handle(struct link *link, const struct packet *p) {
+  struct packet again;
+  if (link->taken < link->again && p->type == PACKET_CONNECT) {
+    again = *p;
+    again.flags |= PACKET_AGAIN;
+    p = &again;
+  }
+  dispatch(link, p);
+  in_order();
+  link->taken++;
+  /* release: all that the packet asked for is done and recorded, its place may be used again */
+  atomic_store_explicit(&link->out->taken, link->taken, memory_order_release);
 }
 
 static int link_receive(struct link *link) {
@@ -264,36 +280,27 @@ static int link_receive(struct link *link) {
   uint32_t incarnation = atomic_load(&link->pub->incarnation);
   if (incarnation != link->incarnation) {
     link->incarnation = incarnation;
+    if (link->retransmit) retransmit_peer_is_new(link);
     link_retell(link);
   }
   /* acquire: the packets that it counts */
   uint64_t tail = atomic_load_explicit(&link->in->tail, memory_order_acquire);
-  int done = 0;
-  for (; link->taken < tail && done < RECEIVE_SHARE; done++) {
-    const struct packet *p = &link->in->packet[link->taken % LINK_PACKETS];
-    struct packet again;
-    if (link->taken < link->again && p->type == PACKET_CONNECT) {
-      again = *p;
-      again.flags |= PACKET_AGAIN;
-      p = &again;
-    }
-    dispatch(link, p);
-    in_order();
-    link->taken++;
-    /* release: all that the packet asked for is done and recorded, its place may be used again */
-    atomic_store_explicit(&link->out->taken, link->taken, memory_order_release);
+  uint32_t far_wire = atomic_load_explicit(&link->in->wire, memory_order_acquire);
+  if (far_wire != link->far_wire) {
+    link->far_wire = far_wire;
+    retransmit_update(link, true);
   }
+  if (link->retransmit) return retransmit_work(link);
+  int done = 0;
+  for (; link->taken < tail && done < RECEIVE_SHARE; done++)
+    link_handle(link, &link->in->packet[link->taken % LINK_PACKETS]);
   if (done) {
     atomic_thread_fence(memory_order_seq_cst);
     uint64_t want = atomic_load_explicit(&link->in->want_room, memory_order_relaxed);
     if (link->taken >= want && link->taken - (uint64_t)done < want) link_ring(link);
   }
-  if (link->taken < tail) {
-    /* More than its share: come back after the others. */
-    atomic_fetch_or(&nic.door->link[link->node / 64], 1ull << link->node % 64);
-    atomic_fetch_or(&nic.door->summary, 1ull << link->node / 64);
-  }
-  if (link->first || link->outbox) link_activate(link); /* the peer may have made room */
+  if (link->taken < tail) link_look_again(link); /* more than its share: after the others */
+  if (link->first || link->outbox || link->out->gave_up) link_activate(link); /* the peer may have made room */
   return done;
 }
 
@@ -314,7 +321,13 @@ int links_receive(void) {
 }
 
 static void link_flush_outbox(struct link *link) {
-  while (link->outbox && link_room(link)) {
+  if (link->out->gave_up && link_room(link)) {
+    link_next(link)->type = PACKET_GIVEN_UP;
+    link_push(link);
+    in_order(); /* said twice it does no harm */
+    link->out->gave_up = 0;
+  }
+  while (link->outbox && !link->out->gave_up && link_room(link)) {
     struct outbox *entry = link->outbox;
     *link_next(link) = entry->packet;
     link_push(link);
@@ -328,7 +341,7 @@ static void link_flush_outbox(struct link *link) {
 static bool link_transmit(struct link *link, int *done) {
   uint64_t before = link->tail;
   link_flush_outbox(link);
-  for (int share = 0; link->first && !link->outbox && link_room(link) && share < TRANSMIT_SHARE; share++) {
+  for (int share = 0; link->first && !link->outbox && !link->out->gave_up && link_room(link) && share < TRANSMIT_SHARE; share++) {
     struct work *work = link->first;
     link->first = work->next;
     if (!link->first) link->last = NULL;
@@ -338,7 +351,7 @@ static bool link_transmit(struct link *link, int *done) {
   }
   *done += (int)(link->tail - before);
   if (link->unrung) link_ring(link);
-  if (!link->first && !link->outbox) {
+  if (!link->first && !link->outbox && !link->out->gave_up) {
     atomic_store_explicit(&link->out->want_room, UINT64_MAX, memory_order_relaxed);
     return false;
   }
@@ -383,8 +396,7 @@ void links_recover(void) {
     if (!queue_exists(nic.node, node) && !queue_exists(node, nic.node)) continue;
     struct link *link = link_to(node);
     if (!link) continue;
-    atomic_fetch_or(&nic.door->link[node / 64], 1ull << node % 64);
-    atomic_fetch_or(&nic.door->summary, 1ull << node / 64);
+    link_look_again(link);
     link->unrung = true;
     link_activate(link);
   }

@@ -106,6 +106,7 @@ int main(int count, char **argument) {
   char title[16];
   snprintf(title, sizeof title, "vmmc-nic%u", nic.node);
   prctl(PR_SET_NAME, title);
+  prctl(PR_SET_TIMERSLACK, 1); /* ns: what is due at a time comes at that time */
   signal(SIGPIPE, SIG_IGN);
   signal(SIGINT, SIG_IGN); /* Ctrl-C is for programs, not for the cluster */
   struct sigaction action = { .sa_handler = on_stop };
@@ -126,12 +127,13 @@ int main(int count, char **argument) {
     done += control_work();
     done += endpoints_work();
     done += links_receive();
+    if (nic.unreliable_links) done += unreliable_links_work();
     done += links_transmit();
     done += give_back_work();
     if (done) {
       vmmc_idle_begin(&idle);
     } else if (!vmmc_idle_poll(&idle)) {
-      sleep_until_work(have_work);
+      sleep_until_work(have_work, nic.unreliable_links ? unreliable_links_due() : UINT64_MAX);
       vmmc_idle_woken(&idle);
     }
   }

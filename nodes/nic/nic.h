@@ -16,6 +16,7 @@
  *   utlb.c        translations of programs' pages
  *   dma.c         the copy itself, which survives memory that is not there
  *   link.c        the ordered channel to another NIC
+ *   retransmit.c  how packets get across a wire that loses them
  *   wire.c        what the link runs over, and the faults that people set
  *   packet.h      what travels on it
  *   wake.c        waking programs
@@ -112,6 +113,7 @@ struct nic {
   uint32_t live_count;
   struct link *link[VMMC_NODES_MAX]; /* by node, made when they first talk */
   struct link *busy_links;           /* links with something to transmit */
+  struct link *unreliable_links;     /* links whose wire is not perfect, this way or that */
   struct remote *remotes;
   int control_fd;
 };
@@ -174,6 +176,7 @@ __attribute__((format(printf, 2, 3))) void endpoint_nonsense(struct endpoint *e,
 struct remote *remote_find(uint32_t node, uint32_t serial); /* maps it when needed; NULL: cannot */
 void remote_release(struct remote *remote);
 void remote_gone(uint32_t node, uint32_t serial);
+void remotes_given_up(uint32_t node);
 
 /* ---- port.c: 0 or an errno ---- */
 int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags, uint32_t request);
@@ -192,6 +195,8 @@ void connection_recover(struct endpoint *e, uint32_t slot); /* a successor takes
 void connection_unmake(struct endpoint *e, uint32_t slot);  /* before: if its predecessor had only begun it */
 void connection_packet(struct link *link, const struct packet *p);
 void connection_retell(struct endpoint *e, uint32_t slot); /* the peer's NIC is a new one */
+
+void connections_given_up(struct endpoint *e, uint32_t node, int error, bool asking);
 
 /* The app's half of a slot, read once.  Not the connection's generation: nothing written or read. */
 struct half {
@@ -213,6 +218,7 @@ bool connection_wants_placed(struct endpoint *e, uint32_t slot, uint64_t end); /
 /* ---- stream.c ---- */
 void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint64_t written); /* a piece */
 void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p);
+uint64_t stream_redirected(const struct packet *p);
 
 /* ---- give_back.c ---- */
 void give_back_later(struct endpoint *e, uint32_t slot);  /* the slot's rings have pages, to look at when idle */
@@ -234,6 +240,8 @@ struct redirection redirection_of_export(struct endpoint *e, uint32_t id);
 /* How the bytes [at, at + length) begin: returns a run length and in *to where it goes, NULL for the
  * default place.  Holds the claim until redirect_done. */
 uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, char **to);
+/* Bytes of [at, at + length) that are posted for; a look that claims nothing. */
+uint64_t redirect_covers(const struct redirection *r, uint64_t at, uint64_t length);
 void redirect_copied(struct redirection *r, uint64_t upto); /* bytes before `upto` are there */
 void redirect_done(struct redirection *r);                  /* after the position was published */
 void redirect_recover(struct redirection *r, uint64_t placed);
@@ -246,6 +254,7 @@ void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id
                       uint32_t permissions);
 void command_packet(const struct packet *p); /* answers to own commands */
 void command_retell(struct endpoint *e, uint32_t node);
+void commands_given_up(struct endpoint *e, uint32_t node);
 
 /* ---- export.c ---- */
 int export_make(struct endpoint *e, struct own_command *own);
@@ -285,6 +294,15 @@ void links_recover(void);
 uint32_t link_node(const struct link *link);
 void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot); /* until RETRY comes */
 
+/* While a packet is handled: its payload as the wire carried it, NULL: it is still where the sender has it; */
+const char *link_carried(void);
+/* and whether its sender has given it up meanwhile, so that what was copied from there is not to be believed. */
+bool link_withdrawn(void);
+
+/* ---- retransmit.c ---- */
+int unreliable_links_work(void);     /* duty: what is due at a time */
+uint64_t unreliable_links_due(void); /* when there is something next, CLOCK_MONOTONIC; UINT64_MAX: never */
+
 /* ---- wire.c ---- */
 void wire_set(const struct vmmc_control_wire *settings); /* the daemon's: from now on */
 
@@ -299,7 +317,7 @@ bool wake_is_harmless(int fd);                          /* is an event descripto
 bool wake_start(void);                                  /* false: no timer */
 
 /* ---- sleep.c ---- */
-void sleep_until_work(bool (*have_work)(void));
+void sleep_until_work(bool (*have_work)(void), uint64_t due_ns);
 void sleep_not(void); /* from a signal handler: whoever is about to sleep looks again */
 
 /* ---- control.c ---- */

@@ -160,15 +160,42 @@ struct node_state {
   struct vmmc_control_wire wire[VMMC_NODES_MAX]; /* that leads here from each node; kind 0: never told of */
 };
 
+/*
+ * A transmission that is not a packet's first: over a wire that can lose packets.  First transmissions need no
+ * entry: packet n, published, was transmitted.
+ */
+enum { FRAME_RESEND, FRAME_ACKNOWLEDGE };
+struct link_frame {
+  _Alignas(VMMC_LINE) uint64_t after; /* packets whose first transmission was before this one */
+  uint32_t kind;
+  uint32_t attempt;  /* RESEND: of this packet, the first being 0.  ACKNOWLEDGE: of the packet that arrived last */
+  uint64_t sequence; /* of the packet; ACKNOWLEDGE: of the one that arrived last */
+  uint64_t acknowledged; /* ACKNOWLEDGE: packets handled in order, */
+  uint64_t early[4];     /* and bit n mod 256: packet n, later than those, is there */
+};
+
 /* The queue of packets to one peer.  Writer: the sending NIC; mapped read-only by the peer's. */
-enum { LINK_PACKETS = 256 };
+enum { LINK_PACKETS = 256, LINK_FRAMES = 128 };
 struct link_queue {
   struct vmmc_link_header header;
   _Alignas(VMMC_LINE) _Atomic uint64_t tail;      /* packets published */
+  _Atomic uint32_t wire;           /* not 0: the wire from the peer to us is not perfect; another number after
+                                      each change.  The peer then retransmits */
+  _Atomic uint64_t wire_delay_ns;  /* of it, at most */
+  _Atomic uint64_t wire_ps_per_byte;
+  _Atomic uint64_t wire_unreachable_ns;
   _Alignas(VMMC_LINE) _Atomic uint64_t taken;     /* packets of the opposite queue that were handled */
   _Alignas(VMMC_LINE) _Atomic uint64_t want_room; /* ring me when you have taken this many; ~0: no */
+  _Alignas(VMMC_LINE) _Atomic uint64_t frames;    /* published */
+  _Atomic uint64_t frames_taken;   /* of the opposite queue's */
+  /* What a successor goes on from where acknowledgements travel over the wire: */
+  uint32_t unreliable;   /* they do: `taken` of the opposite queue is not ours to look at */
+  uint32_t gave_up;      /* the peer is given up, and not told yet */
+  uint64_t acknowledged; /* packets */
   _Alignas(VMMC_LINE) struct packet packet[LINK_PACKETS];
+  struct link_frame frame[LINK_FRAMES];
 };
+_Static_assert(sizeof(struct link_frame) == VMMC_LINE, "one line");
 
 _Static_assert(sizeof(struct own) <= OWN_BYTES, "own fits");
 _Static_assert(sizeof(struct node_state) <= STATE_BYTES, "state fits");

@@ -28,6 +28,9 @@ enum packet_type {
   PACKET_FETCH,    /* a piece: remote, length */
   PACKET_FETCHED,  /* error, or position: where in the exporter's heap the piece can be copied from */
   PACKET_GONE,     /* endpoint `source` has ended: forget its memory */
+  /* links */
+  PACKET_PROBE,    /* are you there?  Its acknowledgement is the answer */
+  PACKET_GIVEN_UP, /* you were not: all that was under way between us is given up */
 };
 
 enum { /* packet.flags */

@@ -61,6 +61,15 @@ uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, char 
   return length;
 }
 
+uint64_t redirect_covers(const struct redirection *r, uint64_t at, uint64_t length) {
+  /* acquire: pairs with the release that published length and position */
+  if (!atomic_load_explicit(r->post, memory_order_acquire)) return 0;
+  uint64_t room = *(const volatile uint64_t *)r->length, position = *(const volatile uint64_t *)r->position;
+  if (room > VMMC_HEAP_BYTES || position > UINT64_MAX - room) return 0;
+  uint64_t first = at > position ? at : position, end = at + length < position + room ? at + length : position + room;
+  return end > first ? end - first : 0;
+}
+
 void redirect_copied(struct redirection *r, uint64_t upto) {
   atomic_store_explicit(r->to, upto, memory_order_release);
 }

@@ -17,6 +17,7 @@
 
 enum {
   BELLS_MAX = 128,        /* that the kernel waits for at once */
+  EARLY_NS = 60000,       /* before something is due: what waking up takes, at most, as a rule */
   FALLBACK_NS = 1000000,  /* looks again after so long where it cannot wait for all of them */
 };
 
@@ -35,13 +36,27 @@ static void add(struct bell *bell, _Atomic uint32_t *word) {
 }
 
 /* A kernel before 5.16, or more programs than it can wait for: sleep in slices. */
-static void sleep_a_slice(uint32_t door_bell) {
-  struct timespec slice = { 0, FALLBACK_NS };
+static void sleep_a_slice(uint32_t door_bell, uint64_t left_ns) {
+  struct timespec slice = { 0, left_ns < FALLBACK_NS ? (long)left_ns : FALLBACK_NS };
   syscall(SYS_futex, &nic.door->bell, FUTEX_WAIT, door_bell, &slice, NULL, 0);
 }
 
-void sleep_until_work(bool (*have_work)(void)) {
+/* due_ns: when there is work without anybody's ringing (CLOCK_MONOTONIC).  The last microseconds before that
+ * are polled: waking up takes as long, and never the same. */
+void sleep_until_work(bool (*have_work)(void), uint64_t due_ns) {
   static bool old_kernel;
+  uint64_t left_ns = UINT64_MAX, sweep_ns = give_back_due_ns();
+  if (sweep_ns && sweep_ns < due_ns) due_ns = sweep_ns;
+  if (due_ns != UINT64_MAX) {
+    uint64_t now_ns = vmmc_now_ns();
+    left_ns = due_ns > now_ns ? due_ns - now_ns : 0;
+    if (left_ns <= EARLY_NS) {
+      if (left_ns) sched_yield();
+      return;
+    }
+    left_ns -= EARLY_NS;
+    due_ns -= EARLY_NS;
+  }
   struct bell bells[BELLS_MAX];
   uint32_t count = 0;
   atomic_store(&nic.pub->asleep, 1);
@@ -52,12 +67,12 @@ void sleep_until_work(bool (*have_work)(void)) {
   bool all = nic.live_count < BELLS_MAX;
   atomic_thread_fence(memory_order_seq_cst);
   if (!have_work()) {
-    uint64_t due_ns = give_back_due_ns();
-    struct timespec due = { (time_t)(due_ns / 1000000000u), (long)(due_ns % 1000000000u) };
     COUNT_NODE(sleeps, 1);
+    struct timespec until = { (time_t)(due_ns / 1000000000u), (long)(due_ns % 1000000000u) };
     if (!all || old_kernel)
-      sleep_a_slice((uint32_t)bells[0].value);
-    else if (syscall(SYS_futex_waitv, bells, count, 0, due_ns ? &due : NULL, CLOCK_MONOTONIC) < 0 && errno == ENOSYS)
+      sleep_a_slice((uint32_t)bells[0].value, left_ns);
+    else if (syscall(SYS_futex_waitv, bells, count, 0, left_ns == UINT64_MAX ? NULL : &until, CLOCK_MONOTONIC) < 0 &&
+             errno == ENOSYS)
       old_kernel = true;
   }
   atomic_store(&nic.pub->asleep, 0);

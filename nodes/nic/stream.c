@@ -32,12 +32,15 @@ void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint6
   give_back_later(e, slot);
 }
 
-/* Copies stream bytes [at, at + length) from the sender's ring to `to`, or to the default buffer. */
-static int copy_run(struct endpoint *e, uint32_t slot, const char *ring, uint64_t at, uint64_t length, char *to) {
+/* Copies stream bytes [at, at + length) to `to`, or to the default buffer: from the sender's ring, or from
+ * what was carried, which begins with byte `begin`. */
+static int copy_run(struct endpoint *e, uint32_t slot, const char *ring, const char *carried, uint64_t begin,
+                    uint64_t at, uint64_t length, char *to) {
   while (length) {
     uint64_t offset = at % VMMC_RING, run = VMMC_RING - offset;
     if (run > length) run = length;
-    int error = dma_copy(to ? to : default_buffer(e, slot) + offset, ring + offset, run);
+    const char *from = carried ? carried + (at - begin) : ring + offset;
+    int error = dma_copy(to ? to : default_buffer(e, slot) + offset, from, run);
     if (error) return error;
     if (to) to += run;
     at += run;
@@ -56,6 +59,15 @@ static bool receiver_sleeps_on(struct endpoint *e, uint32_t slot, const struct r
   if (h.consumed > c->consumed && h.consumed <= c->placed) c->consumed = h.consumed;
   uint64_t wake = *(const volatile uint64_t *)&app_slot(e, slot)->redirect_wake;
   return r->claimed && c->placed < wake && connection_read(e, slot) == c->placed;
+}
+
+/* How many of the packet's bytes would go to a posted address now. */
+uint64_t stream_redirected(const struct packet *p) {
+  struct endpoint *e = endpoint_find(p->to.endpoint, p->to.serial);
+  uint32_t slot = p->to.slot;
+  if (!e || slot >= VMMC_SLOTS || slot >= (slot < VMMC_ACTIVE_SLOTS ? e->own->active_end : e->own->passive_end)) return 0;
+  struct redirection r = redirection_of_slot(e, slot);
+  return redirect_covers(&r, p->position, p->length);
 }
 
 void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
@@ -83,7 +95,7 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   while (at < end && !error) {
     char *to;
     uint64_t run = redirect_run(&r, at, end - at, &to);
-    error = copy_run(e, slot, ring, at, run, to);
+    error = copy_run(e, slot, ring, link_carried(), p->position, at, run, to);
     if (error) break;
     at += run;
     if (to) {
@@ -91,6 +103,7 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
       redirected += run;
     }
   }
+  if (link_withdrawn()) at = c->placed; /* what lies there by now may be another connection's */
   uint64_t moved = at - c->placed;
   /* The bytes before the position (release), the position before the claim is given up. */
   atomic_store_explicit(&nic_slot(e, slot)->placed, at, memory_order_release);

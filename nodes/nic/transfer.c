@@ -195,7 +195,8 @@ void transfer_send_arrived(struct link *link, const struct packet *p) {
   if (!error && (p->position > VMMC_HEAP_BYTES || p->length > VMMC_HEAP_BYTES - p->position)) error = EFAULT;
   struct remote *remote = error ? NULL : remote_find(link_node(link), p->from.serial);
   if (!error && !remote) error = ECONNRESET;
-  if (!error) error = place(e, p, remote->app + VMMC_APP_HEAP + p->position);
+  if (!error) error = place(e, p, link_carried() ? link_carried() : remote->app + VMMC_APP_HEAP + p->position);
+  if (!error && link_withdrawn()) error = ETIMEDOUT;
   if (remote) remote_release(remote);
   if (!error && (p->flags & PACKET_LAST)) error = arrived(e, p, link_node(link));
   /* For notifications, and for who waits for a redirection to fill and looks at the export itself. */
@@ -226,8 +227,10 @@ void transfer_fetched(struct endpoint *e, const struct packet *p) {
   if (!error) error = utlb_translate(e, c->offset + own->moved, p->length);
   struct remote *remote = error ? NULL : remote_find(own->import.node, own->import.far.serial);
   if (!error && !remote) error = ECONNRESET;
-  if (!error)
-    error = dma_copy(e->app + VMMC_APP_HEAP + c->offset + own->moved, remote->app + VMMC_APP_HEAP + p->position, p->length);
+  if (!error) {
+    const char *from = link_carried() ? link_carried() : remote->app + VMMC_APP_HEAP + p->position;
+    error = dma_copy(e->app + VMMC_APP_HEAP + c->offset + own->moved, from, p->length);
+  }
   if (remote) remote_release(remote);
   if (error) {
     command_complete(e, c->index, error, 0, own->moved, 0);
