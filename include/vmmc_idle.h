@@ -65,13 +65,9 @@ static inline void vmmc_idle_begin(struct vmmc_idle *idle) {
   idle->polls = 0;
 }
 
-/* Yields once and returns true: look again.  False: it has lasted, or polling is banned: sleep, and call
- * vmmc_idle_woken after it. */
-static inline bool vmmc_idle_poll(struct vmmc_idle *idle) {
-  uint64_t start = vmmc_now_ns();
-  if (!idle->began_ns) idle->began_ns = start;
-  if (idle->woken_ns || idle->polls == idle->budget || start < idle->banned_until_ns) return false;
-  idle->polls++;
+/* Yields once and returns true: look again.  False: a yield would come back late. */
+static inline bool vmmc_idle_yield(struct vmmc_idle *idle, uint64_t start) {
+  if (start < idle->banned_until_ns) return false;
   sched_yield();
   uint64_t end = vmmc_now_ns();
   if (end - start > VMMC_IDLE_PATIENCE_NS) {
@@ -83,6 +79,15 @@ static inline bool vmmc_idle_poll(struct vmmc_idle *idle) {
     idle->ban_ns = VMMC_IDLE_BAN_NS;
   }
   return true;
+}
+
+/* The same in a wait.  False: it has lasted, or polling is banned: sleep, and call vmmc_idle_woken after it. */
+static inline bool vmmc_idle_poll(struct vmmc_idle *idle) {
+  uint64_t start = vmmc_now_ns();
+  if (!idle->began_ns) idle->began_ns = start;
+  if (idle->woken_ns || idle->polls == idle->budget) return false;
+  idle->polls++;
+  return vmmc_idle_yield(idle, start);
 }
 
 static inline void vmmc_idle_woken(struct vmmc_idle *idle) { idle->woken_ns = vmmc_now_ns(); }

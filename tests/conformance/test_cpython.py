@@ -1,20 +1,26 @@
 """CPython's own tests of sockets, unmodified, on a node: what passes over the kernel passes over VMMC.
 
-    tox run -e conformance
-    VMMC_TEST_PYTHON=/usr/bin/python3.13 tox run -e conformance      another Python, with its `test` package
+    VMMC_TEST_PYTHON=/usr/bin/python3.13 pytest tests/conformance     another Python, with its `test` package
+    VMMC_TEST_TRIES=1 pytest tests/conformance                        what fails once has failed
 
-A node's own 127.0.0.1 is served by its NIC, so these tests use no other path.  What differs on purpose is
-listed in differences.txt; only what passes over the kernel, here and now, is asked of the node.
+A node's own 127.0.0.1 is served by its NIC, so these tests use no other path: the kernel's TCP opens no
+connection meanwhile.  What differs on purpose is listed in differences.txt.  Only what does not pass on the
+node is run over the kernel, to see whether it passes there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import glob
 import os
 import secrets
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,41 +29,64 @@ from vmmc_emu import Cluster
 
 HERE = Path(__file__).parent
 OUTCOMES = HERE / "outcomes.py"
-MODULES = (
-    "test.test_socket",
+# In how many parts, which run side by side: most of these tests wait for a time to pass.
+MODULES = {
+    "test.test_poll": 1,
+    "test.test_socket": 4,
+    "test.test_selectors": 4,
+    "test.test_asyncio.test_events": 2,
+    "test.test_select": 1,
+    "test.test_epoll": 1,
+    "test.test_socketserver": 1,
+    "test.test_asyncio.test_sock_lowlevel": 1,
+    "test.test_asyncio.test_streams": 1,
+    "test.test_asyncio.test_server": 1,
+    "test.test_asyncio.test_selector_events": 1,
+}
+# These use pipes, AF_UNIX or what stands for a socket; all others, TCP connections.
+WITHOUT_TCP = {
     "test.test_select",
     "test.test_poll",
-    "test.test_epoll",
     "test.test_selectors",
-    "test.test_socketserver",
-    "test.test_asyncio.test_sock_lowlevel",
-    "test.test_asyncio.test_streams",
-    "test.test_asyncio.test_server",
-    "test.test_asyncio.test_events",
     "test.test_asyncio.test_selector_events",
-)
+}
 # Not about TCP, and hangs over the kernel of a virtual machine whose host does not answer.
-LEFT_OUT = {"test.test_socket.ThreadedVSOCKSocketStreamTest"}
-TIMEOUT_S = 90
+LEFT_OUT = "test.test_socket.ThreadedVSOCKSocketStreamTest"
+SIDE_BY_SIDE = 6
+TIMEOUT_S = 150
+# CPython's tests measure time, and count on prompt answers: on a busy machine they fail over the kernel too.
+TRIES = int(os.environ.get("VMMC_TEST_TRIES", "3"))
+
+Runs = dict[str, "list[Future[Run]]"]
 
 
 @functools.cache
-def tested_python() -> str | None:
-    """The Python whose tests are run: this one, unless told otherwise; None where it came without them."""
-    python = os.environ.get("VMMC_TEST_PYTHON", sys.executable)
-    has_tests = subprocess.run([python, "-c", "import test.test_socket"], capture_output=True, check=False)
-    return python if has_tests.returncode == 0 else None
+def python_with_tests() -> str | None:
+    """The Python whose tests are run: this one if it came with them, or else any of this machine's."""
+    chosen = os.environ.get("VMMC_TEST_PYTHON")
+    versions = [f"python3.{minor}" for minor in range(11, 16)]
+    found = [path for name in ("python3", *versions) for path in [shutil.which(name)] if path]
+    homes = sorted(glob.glob(str(Path.home() / ".pyenv/versions/3.1[1-9]*/bin/python3")))
+    for python in [chosen] if chosen else [sys.executable, *found, "/usr/bin/python3", *homes]:
+        code = "import sys, test.test_socket, test.test_asyncio; assert sys.version_info >= (3, 11)"
+        tried = subprocess.run([python, "-c", code], capture_output=True, check=False, cwd="/")
+        if tried.returncode == 0:
+            return python
+    return None
 
 
-@functools.cache
-def classes() -> tuple[str, ...]:
-    """The classes of the modules that have tests."""
-    python = tested_python()
-    if python is None:
-        return ()
-    command = [python, str(OUTCOMES), "--list", "/dev/stdout", *MODULES]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return tuple(name for name in listed if name not in LEFT_OUT)
+@pytest.fixture(scope="module")
+def python() -> str:
+    found = python_with_tests()
+    if found is None:
+        problem = (
+            "no Python here came with its tests (`import test.test_socket`): "
+            "install libpython3-testsuite, or name one that has them in VMMC_TEST_PYTHON"
+        )
+        if os.environ.get("CI"):
+            pytest.fail(problem)
+        pytest.skip(problem)
+    return found
 
 
 def differences() -> dict[str, str]:
@@ -67,58 +96,118 @@ def differences() -> dict[str, str]:
     return {name: reason for name, reason in entries}
 
 
-def outcomes(file: Path) -> dict[str, str]:
-    """What became of each test; "started" of one that hung or took the interpreter with it."""
-    return dict(line.split("\t") for line in file.read_text().splitlines())
+@dataclasses.dataclass
+class Run:
+    """Of one run of some tests: what became of each, what it wrote, and what NIC and kernel did."""
+
+    outcomes: dict[str, str]
+    output: str
+    kernel_connections: int | None  # None: the run could not have a network of its own
+    counters: dict[str, int]
+
+    def not_ok(self) -> set[str]:
+        return {test for test, outcome in self.outcomes.items() if outcome != "ok"}
+
+
+def run(python: str, directory: Path, node: bool, *arguments: str) -> Run:
+    """Runs tests, on the only node of a cluster of their own or over the kernel."""
+    directory.mkdir(parents=True)
+    file = directory / "outcomes"
+    # The bound is a program's, so that what hangs says where: faulthandler writes every thread's stack.
+    command = ["timeout", "--signal=ABRT", "--kill-after=5", str(TIMEOUT_S), python, "-X", "faulthandler"]
+    command += [str(OUTCOMES), str(file), "--without", LEFT_OUT, *arguments]
+    counters: dict[str, int] = {}
+
+    def done(command: list[str]) -> str:
+        return subprocess.run(
+            command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+        ).stdout  # fmt: skip
+
+    if node:
+        with Cluster(nodes=1, name=f"test-{secrets.token_hex(6)}") as cluster:
+            vmmc_emu = [sys.executable, "-P", "-m", "vmmc_emu.cli", "--cluster", cluster.name]
+            output = done([*vmmc_emu, "run", "--node", "0", "--", *command])
+            counters = cluster.node(0).counters()
+    else:
+        output = done(command)
+    lines = dict(line.split("\t") for line in file.read_text().splitlines()) if file.exists() else {}
+    connections = lines.pop("kernel connections", None)
+    return Run(lines, output, None if connections is None else int(connections), counters)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster(nodes=1, name=f"test-{secrets.token_hex(6)}") as cluster:
-        yield cluster
+def runs(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """All modules on nodes, begun at once: the parts of each."""
+    directory = tmp_path_factory.mktemp("cpython")
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        yield {
+            module: [
+                pool.submit(run, python, directory / f"{module}-{i}", True, "--part", f"{i}/{parts}", module)
+                for i in range(parts)
+            ]
+            for module, parts in MODULES.items()
+        }
 
 
-def run_class(name: str, directory: Path, cluster: Cluster | None) -> tuple[dict[str, str], str]:
-    """Runs a class's tests, on a node or over the kernel: their outcomes and their output."""
-    python = tested_python()
-    assert python is not None
-    directory.mkdir()
-    file = directory / "outcomes"
-    # The bound is a program's, so that what hangs says where: faulthandler writes every thread's stack.
-    bound = ["timeout", "--signal=ABRT", "--kill-after=5", str(TIMEOUT_S)]
-    command = [*bound, python, "-X", "faulthandler", str(OUTCOMES), str(file), name]
-    run = cluster.node(0).run if cluster else subprocess.run
-    done = run(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-               stderr=subprocess.STDOUT, text=True, errors="replace", check=False)  # fmt: skip
-    return outcomes(file) if file.exists() else {}, done.stdout
+def again(tests: Sequence[str], run_them: Callable[[int, Sequence[str]], Run]) -> set[str]:
+    """Runs tests that failed once more, and once more: those that never passed."""
+    left = set(tests)
+    for attempt in range(1, TRIES):
+        if left:
+            left = run_them(attempt, sorted(left)).not_ok()
+    return left
 
 
-@pytest.mark.timeout(3 * TIMEOUT_S)
-@pytest.mark.parametrize("name", classes())
-def test_as_over_the_kernel(name: str, cluster: Cluster, tmp_path: Path) -> None:
-    kernel, _ = run_class(name, tmp_path / "kernel", None)
-    node, output = run_class(name, tmp_path / "node", cluster)
-    passing = {test for test, outcome in kernel.items() if outcome == "ok"}
-    fails = {test for test in passing if node.get(test) != "ok"}
-    listed = {test for test in differences() if test.rpartition(".")[0] == name}
-    print(output)
-    assert {test: node.get(test) for test in fails - listed} == {}, "passes over the kernel, not on a node"
-    assert (listed & passing) - fails == set(), "passes on a node: take it off differences.txt"
-    assert listed <= set(kernel), "differences.txt names tests that this Python does not have"
+@pytest.mark.timeout(4 * TIMEOUT_S)
+@pytest.mark.parametrize("module", MODULES)
+def test_as_over_the_kernel(module: str, runs: Runs, python: str, tmp_path: Path) -> None:
+    parts = [each.result() for each in runs[module]]
+    node = {test: outcome for part in parts for test, outcome in part.outcomes.items()}
+    print("".join(part.output for part in parts))
+    assert node, "the tests do not even start on a node"
+    fails = {test for part in parts for test in part.not_ok()}
+    listed = {test for test in differences() if test.startswith(f"{module}.")}
+    passing = set()
+    if fails:
+        over_kernel = run(python, tmp_path / "kernel", False, *sorted(fails))
+        passing = fails - over_kernel.not_ok()
+    assert listed <= set(node), "differences.txt names tests that this Python does not have"
+    assert listed <= fails, "passes on a node: take it off differences.txt"
+
+    failed = passing - listed
+    gone = {test: node[test] for test in failed if node[test] in ("started", "planned")}
+    assert gone == {}, "hangs or ends the interpreter, on a node only"
+    repeatedly = again(sorted(failed), lambda i, tests: run(python, tmp_path / f"again{i}", True, *tests))
+    assert {test: node[test] for test in repeatedly} == {}, "passes over the kernel, not on a node"
+    for test in failed:
+        warnings.warn(f"{test}: {node[test]} on a node, and passed when tried again", stacklevel=1)
 
 
-@pytest.mark.skipif(not classes(), reason="this Python came without its tests: set VMMC_TEST_PYTHON")
-def test_list_names_classes_that_are_run() -> None:
-    assert {test.rpartition(".")[0] for test in differences()} <= set(classes())
+@pytest.mark.timeout(4 * TIMEOUT_S)
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in WITHOUT_TCP])
+def test_bytes_go_through_the_nic_and_not_around_it(module: str, runs: Runs) -> None:
+    parts = [each.result() for each in runs[module]]
+    assert sum(part.counters["connections_opened"] for part in parts) > 0
+    assert sum(part.counters["bytes_received"] for part in parts) > 0
+    # None where this user may not have a network namespace: then the NIC's counters are all there is.
+    assert {part.kernel_connections for part in parts} <= {0, None}
 
 
-@pytest.mark.skipif(not classes(), reason="this Python came without its tests: set VMMC_TEST_PYTHON")
-def test_bytes_go_through_the_nic(cluster: Cluster, tmp_path: Path) -> None:
-    before = cluster.node(0).counters()
-    sent, _ = run_class("test.test_socket.SendfileUsingSendTest", tmp_path / "node", cluster)
-    after = cluster.node(0).counters()
-    transfers = [test for test, outcome in sent.items() if outcome == "ok"]
-    assert len(transfers) > 5
+def test_the_counters_that_this_relies_on_count(python: str, tmp_path: Path) -> None:
+    """The same tests over the kernel are seen by the kernel, and their every byte on a node by the NIC."""
+    name = "test.test_socket.SendfileUsingSendTest"
+    over_kernel = run(python, tmp_path / "kernel", False, name)
+    node = run(python, tmp_path / "node", True, name)
+    transfers = len(node.outcomes) - len(node.not_ok())
+    assert transfers > 5
     # Each has a connection of its own, and its whole file is 10 MiB: most are sent, some in part.
-    assert after["connections_opened"] - before["connections_opened"] >= len(transfers)
-    assert after["bytes_received"] - before["bytes_received"] >= 10 * 1024 * 1024
+    assert node.counters["connections_opened"] >= transfers
+    assert node.counters["bytes_received"] >= 10 * 1024 * 1024
+    if over_kernel.kernel_connections is not None:
+        assert over_kernel.kernel_connections > 5
+        assert node.kernel_connections == 0
+
+
+def test_list_names_modules_that_are_run() -> None:
+    assert {test.rsplit(".", 2)[0] for test in differences()} <= set(MODULES)

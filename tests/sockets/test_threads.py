@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import subprocess
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -28,3 +31,26 @@ def test_threads(
     command = [program("threads"), case, "node1", str(echo_server(two_nodes, 1))]
     done = two_nodes.node(0).run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def polled_while_connecting(rounds: int) -> int:
+    """One thread connects while another looks at its socket, which has not hung up before it is connected."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    wrong = 0
+    for _ in range(rounds):
+        with socket.socket() as client:
+            thread = threading.Thread(target=client.connect, args=(listener.getsockname(),))
+            thread.start()
+            listener.accept()[0].close()
+            # The peer's end may come before the connecting thread has run again: never an unconnected socket.
+            readable = select.select([client], [], [], 60)[0]
+            try:
+                wrong += not readable or client.recv(1) != b""
+            except OSError:
+                wrong += 1
+            thread.join()
+    return wrong
+
+
+def test_polled_while_connecting(two_nodes: Cluster) -> None:
+    assert two_nodes.node(0).python(polled_while_connecting, 200) == 0

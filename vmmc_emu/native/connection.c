@@ -390,15 +390,19 @@ static int connect_begin(struct vsocket *s, const struct sockaddr *address, sock
   error = slot_take(s);
   if (error) return error;
   struct vmmc_address local = source_for(s, &peer, node);
+  s->peer = peer;
+  int error_before = atomic_exchange(&s->error, 0); /* of a connection before this one */
+  /* Before the NIC is asked: the peer may have accepted, and this process's other threads know of it, before
+   * this one has run again.  To them a socket that is not connecting has hung up. */
+  atomic_store_explicit(&s->phase, SOCKET_CONNECTING, memory_order_release);
   post_request(s, VMMC_REQUEST_CONNECT, &local, &peer, node, 0);
   error = await_answer(s);
   if (error) {
     abandon(s, VMMC_CLOSED);
+    atomic_store(&s->error, error_before);
     return error;
   }
   learn_addresses(s);
-  atomic_store(&s->error, 0); /* of a connection before this one */
-  atomic_store_explicit(&s->phase, SOCKET_CONNECTING, memory_order_release);
   return 0;
 }
 

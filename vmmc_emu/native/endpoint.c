@@ -412,6 +412,18 @@ void endpoint_ring_slot(struct endpoint *e, uint32_t slot) {
   wake_nic(e);
 }
 
+/*
+ * Loopback TCP has delivered before send returns, and programs count on it: what two sends caused, one look
+ * finds.  Here the NIC delivers, and it may be waiting for the core that its program keeps busy.
+ */
+bool endpoint_let_nic_look(struct vmmc_idle *idle) {
+  struct endpoint *e = endpoint_current();
+  for (uint32_t s = 0; e && s < VMMC_SUMMARY_WORDS; s++)
+    if (atomic_load_explicit(&app_header(e)->summary[s], memory_order_relaxed))
+      return vmmc_idle_yield(idle, vmmc_now_ns());
+  return false;
+}
+
 void endpoint_ring_commands(struct endpoint *e) {
   atomic_thread_fence(memory_order_seq_cst); /* command_tail before the look at `asleep` */
   wake_nic(e);

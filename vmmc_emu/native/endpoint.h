@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "internal.h"
+#include "vmmc_idle.h"
 #include "vmmc_layout.h"
 
 VMMC_INTERNAL_BEGIN
@@ -76,6 +77,10 @@ static inline const char *default_buffer(const struct endpoint *e, uint32_t slot
  * Every store that the NIC is to see must come before. */
 void endpoint_ring_slot(struct endpoint *endpoint, uint32_t slot);
 void endpoint_ring_commands(struct endpoint *endpoint);
+
+/* Before a call says what is ready, as far as it knows: has the NIC seen all that was rung?  If not, it gets a
+ * chance to, and the result is true: look again.  Once a call. */
+bool endpoint_let_nic_look(struct vmmc_idle *idle);
 
 /* Allocates the pages under [start, start + length) of a segment, so that no later store (or, for a
  * segment mapped read-only, load) there meets a full /dev/shm as SIGBUS.  0, or -ENOBUFS when the

@@ -176,11 +176,13 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
                       struct wait_signals since) {
   struct vmmc_idle *idle = &wait_self()->idle;
   vmmc_idle_begin(idle);
-  bool everything = deadline_ns == 0;
+  bool everything = deadline_ns == 0, waited_for_nic = false;
   for (unsigned round = 1;; round++) {
     bool kernel = atomic_load_explicit(&set->kernel_members, memory_order_relaxed) > 0;
     /* While it polls, what only the kernel has may wait for a few looks; a sleep ends for both sides. */
     if (everything || round % KERNEL_LOOK == 0 || set_stirs(set)) {
+      if (!waited_for_nic) endpoint_let_nic_look(idle);
+      waited_for_nic = true;
       int count = collect(set, epoll_fd, events, room, true);
       if (count) return count;
     }
