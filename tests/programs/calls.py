@@ -18,6 +18,7 @@ import select
 import socket
 import struct
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -119,15 +120,21 @@ class Socket:
 
     def ioctl(self, request: int) -> int:
         buffer = array.array("i", [0])
-        try:
-            fcntl.ioctl(self.fds[-1], request, buffer)
-        except OSError:
-            return -1
+        fcntl.ioctl(self.fds[-1], request, buffer)
         return buffer[0]
 
     @property
     def to_read(self) -> int:
-        return self.ioctl(termios.FIONREAD)
+        with contextlib.suppress(OSError):
+            return self.ioctl(termios.FIONREAD)
+        return -1
+
+    @property
+    def unsent(self) -> int:
+        """Or not acknowledged."""
+        with contextlib.suppress(OSError):
+            return self.ioctl(termios.TIOCOUTQ)
+        return 0
 
     @property
     def is_held_up(self) -> bool:
@@ -176,7 +183,7 @@ class Machine:
     def settle(self) -> None:
         """Until nothing is under way that a kernel does later: acknowledgements, woken threads."""
         for _ in range(3):
-            under_way = [s for s in self.open if s.info[0] in (FIN_WAIT1, CLOSING, LAST_ACK)]
+            under_way = [s for s in self.open if s.info[0] in (FIN_WAIT1, CLOSING, LAST_ACK) or s.unsent]
             if not under_way:
                 break
             for s in self.open:
@@ -271,8 +278,8 @@ class Machine:
         return 0
 
     def connect(self, s: Socket, to: int, how: str) -> object:
-        port, target = self.port_of(to), self.sockets[to]
-        if port and target is s:
+        port = self.port_of(to)
+        if port and port == self.port_of(s.number):
             return "(itself)"
         listeners = [o for o in self.open if o.info[0] == LISTEN and self.port_of(o.number) == port]
         if len(listeners) > 1:
@@ -324,6 +331,11 @@ class Machine:
         with s.borrowed() as sock:
             if how == "write":
                 count = os.write(fd, data)
+            elif how == "sendfile":
+                with tempfile.TemporaryFile() as file:
+                    file.write(data)
+                    file.flush()
+                    count = os.sendfile(fd, file.fileno(), 0, length)
             elif how == "writev":
                 count = os.writev(fd, [data[:3], b"", data[3:50], data[50:]])
             elif how == "many":
@@ -359,7 +371,7 @@ class Machine:
                 count = os.readv(fd, pieces)
                 return self.took(s, b"".join(pieces)[:count], 0)
             if how == "many":
-                pieces = [bytearray(5) for _ in range(length // 5)]
+                pieces = [bytearray(5) for _ in range(0, length, 5)]
                 count, ancillary, said, address = sock.recvmsg_into(pieces, 0, flags)
                 return [*self.took(s, b"".join(pieces)[:count], flags), len(ancillary), said, address is None]
             if how == "recvmsg":
@@ -413,7 +425,8 @@ class Machine:
         s.blocked = None
         calls: dict[str, Callable[..., object]] = {
             "recv": self.recv, "send": self.blocked_send, "accept": self.accept,
-            "poll": self.blocked_poll, "select": self.blocked_select, "epoll": self.blocked_epoll,
+            "connect": self.connect, "poll": self.blocked_poll,
+            "select": self.blocked_select, "epoll": self.blocked_epoll,
         }  # fmt: skip
         if name == "recv" and s.peer and s.peer.filled:
             return "(full)"
@@ -573,8 +586,19 @@ class Machine:
             sock.setsockopt(level, option, bytes.fromhex(value) if isinstance(value, str) else value)
         return 0
 
-    def unread(self, s: Socket) -> object:
-        return "some" if s.peer and s.peer.filled and s.to_read else s.to_read
+    def ioctl(self, s: Socket, request: int) -> object:
+        if s.filled or (s.peer and s.peer.filled):
+            return "(full)"
+        if request == termios.TIOCOUTQ and s.info[0] == CLOSE:
+            return "(over)"  # a difference of sequence numbers, of which nothing is left
+        return s.ioctl(request)
+
+    def status(self, s: Socket) -> object:
+        return [fcntl.fcntl(s.fds[-1], command) for command in (fcntl.F_GETFL, fcntl.F_GETFD)]
+
+    def urgent(self, s: Socket) -> object:
+        with s.borrowed() as sock:
+            return len(sock.recv(1, socket.MSG_OOB))
 
     def own_name(self, s: Socket) -> object:
         with s.borrowed() as sock:

@@ -44,36 +44,36 @@ static const struct kept_option {
   int level, name;
   int32_t value;     /* the default */
   int32_t low, high; /* what is granted; BOOLEAN: any number, and all but 0 is kept as 1 */
-  bool negative;     /* -1 is granted as well, and means the default */
+  enum { PLAIN, NEGATIVE, EARLY } kind; /* -1 is granted as well, and means the default; not once connected */
 } kept_options[] = {
-  { SOL_SOCKET, SO_KEEPALIVE, 0, BOOLEAN, false },
-  { SOL_SOCKET, SO_BROADCAST, 0, BOOLEAN, false },
-  { SOL_SOCKET, SO_DONTROUTE, 0, BOOLEAN, false },
-  { SOL_SOCKET, SO_OOBINLINE, 0, BOOLEAN, false },
-  { SOL_SOCKET, SO_PRIORITY, 0, ANY, false },
-  { SOL_SOCKET, SO_TIMESTAMP, 0, BOOLEAN, false },
-  { IPPROTO_TCP, TCP_NODELAY, 0, BOOLEAN, false },
-  { IPPROTO_TCP, TCP_CORK, 0, BOOLEAN, false },
-  { IPPROTO_TCP, TCP_KEEPIDLE, 7200, 1, 32767, false },
-  { IPPROTO_TCP, TCP_KEEPINTVL, 75, 1, 32767, false },
-  { IPPROTO_TCP, TCP_KEEPCNT, 9, 1, 127, false },
-  { IPPROTO_TCP, TCP_SYNCNT, 6, 1, 127, false },
-  { IPPROTO_TCP, TCP_LINGER2, 60, ANY, false },
-  { IPPROTO_TCP, TCP_DEFER_ACCEPT, 0, ANY, false },
-  { IPPROTO_TCP, TCP_QUICKACK, 1, BOOLEAN, false },
-  { IPPROTO_TCP, TCP_USER_TIMEOUT, 0, 0, INT32_MAX, false },
-  { IPPROTO_TCP, TCP_FASTOPEN, 0, 0, INT32_MAX, false },
-  { IPPROTO_TCP, OPTION_TCP_FASTOPEN_CONNECT, 0, 0, 1, false },
-  { IPPROTO_TCP, OPTION_TCP_NOTSENT_LOWAT, 0, ANY, false },
-  { IPPROTO_IP, IP_TOS, 0, ANY, false },
-  { IPPROTO_IP, IP_TTL, 64, 1, 255, true },
-  { IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_WANT, IP_PMTUDISC_DONT, IP_PMTUDISC_OMIT, false },
-  { IPPROTO_IP, IP_RECVERR, 0, BOOLEAN, false },
-  { IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 0, BOOLEAN, false },
-  { IPPROTO_IP, IP_FREEBIND, 0, BOOLEAN, false },
-  { IPPROTO_IPV6, IPV6_TCLASS, 0, 0, 255, true },
-  { IPPROTO_IPV6, IPV6_UNICAST_HOPS, 64, 0, 255, true },
-  { IPPROTO_IPV6, IPV6_RECVERR, 0, BOOLEAN, false },
+  { SOL_SOCKET, SO_KEEPALIVE, 0, BOOLEAN, PLAIN },
+  { SOL_SOCKET, SO_BROADCAST, 0, BOOLEAN, PLAIN },
+  { SOL_SOCKET, SO_DONTROUTE, 0, BOOLEAN, PLAIN },
+  { SOL_SOCKET, SO_OOBINLINE, 0, BOOLEAN, PLAIN },
+  { SOL_SOCKET, SO_PRIORITY, 0, ANY, PLAIN },
+  { SOL_SOCKET, SO_TIMESTAMP, 0, BOOLEAN, PLAIN },
+  { IPPROTO_TCP, TCP_NODELAY, 0, BOOLEAN, PLAIN },
+  { IPPROTO_TCP, TCP_CORK, 0, BOOLEAN, PLAIN },
+  { IPPROTO_TCP, TCP_KEEPIDLE, 7200, 1, 32767, PLAIN },
+  { IPPROTO_TCP, TCP_KEEPINTVL, 75, 1, 32767, PLAIN },
+  { IPPROTO_TCP, TCP_KEEPCNT, 9, 1, 127, PLAIN },
+  { IPPROTO_TCP, TCP_SYNCNT, 6, 1, 127, PLAIN },
+  { IPPROTO_TCP, TCP_LINGER2, 60, ANY, PLAIN },
+  { IPPROTO_TCP, TCP_DEFER_ACCEPT, 0, ANY, PLAIN },
+  { IPPROTO_TCP, TCP_QUICKACK, 1, BOOLEAN, PLAIN },
+  { IPPROTO_TCP, TCP_USER_TIMEOUT, 0, 0, INT32_MAX, PLAIN },
+  { IPPROTO_TCP, TCP_FASTOPEN, 0, 0, INT32_MAX, EARLY },
+  { IPPROTO_TCP, OPTION_TCP_FASTOPEN_CONNECT, 0, 0, 1, EARLY },
+  { IPPROTO_TCP, OPTION_TCP_NOTSENT_LOWAT, 0, ANY, PLAIN },
+  { IPPROTO_IP, IP_TOS, 0, ANY, PLAIN },
+  { IPPROTO_IP, IP_TTL, 64, 1, 255, NEGATIVE },
+  { IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_WANT, IP_PMTUDISC_DONT, IP_PMTUDISC_OMIT, PLAIN },
+  { IPPROTO_IP, IP_RECVERR, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IP, IP_FREEBIND, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IPV6, IPV6_TCLASS, 0, 0, 255, NEGATIVE },
+  { IPPROTO_IPV6, IPV6_UNICAST_HOPS, 64, 0, 255, NEGATIVE },
+  { IPPROTO_IPV6, IPV6_RECVERR, 0, BOOLEAN, PLAIN },
 };
 enum { KEPT_OPTIONS = sizeof kept_options / sizeof *kept_options };
 _Static_assert(KEPT_OPTIONS <= sizeof((struct vsocket *)0)->kept / sizeof(int32_t),
@@ -215,9 +215,9 @@ static int set_socket_level(struct vsocket *s, int name, const void *value, sock
 }
 
 static int set_v6only(struct vsocket *s, const void *value, socklen_t length) {
+  if (s->family != AF_INET6) return -ENOPROTOOPT;
   int number, error = take_int(value, length, &number);
   if (error) return error;
-  if (s->family != AF_INET6) return -ENOPROTOOPT;
   if (s->bound || s->phase != SOCKET_NEW) return -EINVAL;
   set_bit(&s->bind_flags, VMMC_BIND_V6ONLY, number);
   return 0;
@@ -229,28 +229,29 @@ int socket_setsockopt(struct vsocket *s, int level, int name, const void *value,
   int index = kept_index(s, level, name);
   if (index >= 0) {
     int number = 0;
-    /* Linux takes options of the IP level as one byte, too. */
-    if (level == IPPROTO_IP && length >= 1 && length < (socklen_t)sizeof number)
-      number = *(const unsigned char *)value;
+    /* Linux takes options of the IP level as one byte, too, or as none. */
+    if (level == IPPROTO_IP && length < (socklen_t)sizeof number)
+      number = length ? *(const unsigned char *)value : 0;
     else if (take_int(value, length, &number))
       return -EINVAL;
     const struct kept_option *option = &kept_options[index];
     if (option->low > option->high) number = number != 0;
-    else if (option->negative && number == -1) number = option->value;
+    else if (option->kind == NEGATIVE && number == -1) number = option->value;
     else if (number < option->low || number > option->high) return -EINVAL;
+    if (option->kind == EARLY && s->phase >= SOCKET_CONNECTING && !connection_over(s)) return -EINVAL;
     s->kept[index] = (int32_t)((uint32_t)number - (uint32_t)option->value);
     return 0;
   }
   switch (level) {
     case SOL_SOCKET: return set_socket_level(s, name, value, length);
     case IPPROTO_IPV6: return name == IPV6_V6ONLY ? set_v6only(s, value, length) : -ENOPROTOOPT;
-    case IPPROTO_TCP:
-      if (name == TCP_MAXSEG || name == TCP_WINDOW_CLAMP) { /* the link has its own sizes */
-        int number;
-        return take_int(value, length, &number);
-      }
+    case IPPROTO_TCP: {
       if (name == TCP_CONGESTION) return length < 1 ? -EINVAL : 0; /* any: there is none */
+      int number, error = take_int(value, length, &number);
+      if (error) return error;
+      if (name == TCP_MAXSEG || name == TCP_WINDOW_CLAMP) return 0; /* the link has its own sizes */
       return -ENOPROTOOPT;
+    }
     default: return -ENOPROTOOPT;
   }
 }

@@ -186,11 +186,12 @@ static void sending_end(struct vsocket *s) {
   atomic_store_explicit(&app_slot(s->endpoint, s->slot)->sending, 0, memory_order_release);
 }
 
-/* Why nothing can be sent now, as tcp_sendmsg finds it: an error (taken), or -EAGAIN.  0: send. */
-static int send_obstacle(struct vsocket *s) {
+/* Why nothing can be sent now, as tcp_sendmsg finds it: an error, or -EAGAIN.  0: send.  What was sent before
+ * it is told first: then the error is the next call's, and not taken. */
+static int send_obstacle(struct vsocket *s, size_t sent) {
   struct connection_view view = connection_view(s);
   if (__builtin_expect(view.dead || !view.connected, 0)) {
-    int error = connection_take_error(s);
+    int error = sent ? connection_pending_error(s) : connection_take_error(s);
     if (error) return -error;
     return view.connecting ? -EAGAIN : -EPIPE;
   }
@@ -251,7 +252,7 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
   uint32_t dissolved = atomic_load_explicit(&s->dissolved, memory_order_relaxed);
   for (;;) {
     critical_lock(&s->send_lock);
-    ssize_t n = connection_was_dissolved(s, dissolved) ? -EPIPE : send_obstacle(s);
+    ssize_t n = connection_was_dissolved(s, dissolved) ? -EPIPE : send_obstacle(s, sent);
     /* Nothing to send is not kept waiting. */
     if (n == 0 || (n == -EAGAIN && !length && connection_view(s).connected))
       n = send_some(s, &from, length - sent);
@@ -262,12 +263,7 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
       if (sent == length) return (ssize_t)sent;
       continue;
     }
-    if (n != -EAGAIN) {
-      if (!sent) return n;
-      /* What was sent is told first; the error is the next call's. */
-      if (n != -EPIPE && n != -ENOBUFS && n != -EFAULT) atomic_store(&s->error, (int32_t)-n);
-      return (ssize_t)sent;
-    }
+    if (n != -EAGAIN) return sent ? (ssize_t)sent : n;
     if (flags & MSG_DONTWAIT) return sent ? (ssize_t)sent : -EAGAIN;
     if (!deadline) deadline = connection_deadline(s->send_timeout_ns);
     struct wait_word words[SOCKET_WORDS];
@@ -596,7 +592,8 @@ static int receive_wait(struct receive *r, uint64_t deadline) {
 }
 
 ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count, int flags) {
-  if (flags & MSG_OOB) return -EINVAL; /* as Linux, when no urgent data is there: here it never is */
+  if (flags & MSG_OOB) /* as Linux, when no urgent data is there: here it never is */
+    return atomic_load_explicit(&s->phase, memory_order_relaxed) == SOCKET_LISTENING ? -ENOTCONN : -EINVAL;
   if (!connection_usable(s)) return -EBADF;
   socket_used(s);
   struct receive r = { .socket = s, .to = { vector, count, 0 }, .flags = flags };

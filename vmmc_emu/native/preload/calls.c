@@ -333,7 +333,8 @@ static ssize_t send_file_held(struct file *f, int from, off64_t *offset, size_t 
   ssize_t total = 0, result = 0;
   while ((size_t)total < length) {
     /* Room first: what is read and does not fit would be read again. */
-    if (is_nonblocking(f) && !(socket_ready(f->socket) & (EPOLLOUT | EPOLLERR | EPOLLHUP))) {
+    if (is_nonblocking(f) && f->socket->phase != SOCKET_LISTENING &&
+        !(socket_ready(f->socket) & (EPOLLOUT | EPOLLERR | EPOLLHUP))) {
       result = -EAGAIN;
       break;
     }
