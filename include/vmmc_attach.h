@@ -12,7 +12,7 @@
 enum vmmc_attach_kind {
   VMMC_ATTACH = 1, /* answered by vmmc_attach_reply with three descriptors: app, nic, pub */
   VMMC_VISIT = 3,  /* the same, by a process that runs elsewhere: it does not end with the cluster */
-  VMMC_WAKER = 2,  /* carries one event descriptor that the NIC may write: waker number `waker` */
+  VMMC_WAKER = 2,  /* carries one descriptor that the NIC may write: waker number `waker`, or VMMC_MEMORY */
 };
 
 struct vmmc_attach_request {

@@ -48,6 +48,7 @@ enum {
   VMMC_NOTIFICATIONS = 1024,   /* notifications that wait to be taken */
   VMMC_GROUPS = 64,            /* wake groups of one endpoint: sets of sockets that somebody sleeps on */
   VMMC_WAKERS = 64,            /* event descriptors of one endpoint's sleeping threads */
+  VMMC_MEMORY = 64,            /* the descriptor after those: the program's memory, its /proc/self/mem */
   VMMC_EVENTS = 65536,         /* entries of the event ring; more than VMMC_SLOTS */
   VMMC_NAME_MAX = 32,          /* bytes of an export's or a cluster's name, without a final NUL */
 };
@@ -80,6 +81,12 @@ enum {
   VMMC_BIND_REUSEADDR = 1,
   VMMC_BIND_REUSEPORT = 2,
   VMMC_BIND_V6ONLY = 4, /* an AF_INET6 wildcard that does not take IPv4 too */
+};
+
+/* vmmc_app_slot.redirect_space */
+enum vmmc_space {
+  VMMC_SPACE_HEAP,    /* the app segment's heap */
+  VMMC_SPACE_PROGRAM, /* the program's own memory, through the descriptor VMMC_MEMORY */
 };
 
 /* vmmc_app_slot.shut */
@@ -127,9 +134,10 @@ struct vmmc_app_slot {
 
   /* line 3: redirection, see "Redirection" below.  Writer: app. */
   _Alignas(VMMC_LINE) _Atomic uint64_t post; /* generation of the posted redirection, 0: none */
-  uint64_t redirect_offset;                  /* where to, an offset in the app segment's heap */
+  uint64_t redirect_offset;                  /* where to: an offset or address in redirect_space */
   uint64_t redirect_length;
   uint64_t redirect_position; /* stream position of the first byte that goes to redirect_offset */
+  uint64_t redirect_space;    /* enum vmmc_space */
   uint64_t redirect_wake;     /* stream position before which the receiver need not be woken, see below */
 };
 
@@ -210,6 +218,10 @@ struct vmmc_accept_entry {
  * Bytes at their posted address are read: once those before the run are consumed, the NIC gives credit up to
  * the end of the run as if the app had consumed it, and wakes no reader before `redirect_wake`.  So a large
  * receive costs the receiver one wake, and the app stores `consumed` when the receive ends.
+ *
+ * Into the program's own memory the NIC writes through a descriptor that the program opened on itself.  It
+ * names the memory and not the process: when the process has ended or called exec, a write finds nothing,
+ * whoever has its pid.  What cannot be written there goes to the default buffer.
  *
  * The bytes that were redirected are one run, since bytes are placed in order: those before it went
  * to the default buffer (posted in the middle), those after it as well (the redirection was full).

@@ -456,7 +456,7 @@ class Daemon:
             request is None
             or request["kind"] != self._protocol.WAKER
             or len(descriptors) != 1
-            or request["waker"] >= self._protocol.WAKERS
+            or request["waker"] > self._protocol.MEMORY
         ):
             log(f"{names.node_name(self._node)}: pid {endpoint.pid} sent a message that is none")
             for descriptor in descriptors:

@@ -63,9 +63,9 @@ class Protocol:
         defines = dict(re.findall(r"#define (VMMC_\w+) (0x[0-9a-fA-F]+|\d+)u?\b", text))
         self.MAGIC = int(defines["VMMC_MAGIC"], 0)
         self.VERSION = int(defines["VMMC_LAYOUT_VERSION"], 0)
-        limits = dict(re.findall(r"\b(VMMC_(?:ENDPOINTS_MAX|WAKERS)) = (\d+)", text))
+        limits = dict(re.findall(r"\b(VMMC_(?:ENDPOINTS_MAX|MEMORY)) = (\d+)", text))
         self.ENDPOINTS_MAX = int(limits["VMMC_ENDPOINTS_MAX"])
-        self.WAKERS = int(limits["VMMC_WAKERS"])
+        self.MEMORY = int(limits["VMMC_MEMORY"])
 
 
 def segment_sizes() -> dict[str, int]:

@@ -1,10 +1,12 @@
 /* endpoint.c: programs attached to this node: their segments, their doorbells, and their end. */
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 
 #include "nic.h"
 
@@ -24,6 +26,7 @@ static void unmap(struct endpoint *e) {
   if (e->own_fd >= 0) close(e->own_fd);
   for (int i = 0; i < VMMC_WAKERS; i++)
     if (e->waker[i] >= 0) close(e->waker[i]);
+  if (e->memory >= 0) close(e->memory);
   free(e);
 }
 
@@ -102,7 +105,7 @@ void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid) {
   }
   struct endpoint *e = calloc(1, sizeof *e);
   if (!e) return;
-  *e = (struct endpoint){ .index = index, .serial = serial, .pid = pid, .app_fd = -1, .nic_fd = -1, .own_fd = -1 };
+  *e = (struct endpoint){ .index = index, .serial = serial, .pid = pid, .app_fd = -1, .nic_fd = -1, .own_fd = -1, .memory = -1 };
   for (int i = 0; i < VMMC_WAKERS; i++) e->waker[i] = -1;
   if (!map_all(e)) {
     log_event("error", "cannot attach pid %d as endpoint %u: %s", pid, index, strerror(errno));
@@ -146,10 +149,25 @@ void endpoints_recover(void) {
   for (uint32_t i = 0; i < nic.live_count; i++) resume(nic.endpoint[nic.live[i]]);
 }
 
+static void memory_descriptor(struct endpoint *e, int fd) {
+  struct statfs s;
+  if (fstatfs(fd, &s) < 0 || s.f_type != PROC_SUPER_MAGIC) { /* a write to another file may wait for anything */
+    endpoint_nonsense(e, "its memory is said to be a file that is not in /proc");
+    close(fd);
+    return;
+  }
+  if (e->memory >= 0) close(e->memory);
+  e->memory = fd;
+}
+
 void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd) {
   struct endpoint *e = endpoint_find(index, serial);
-  if (!e || number >= VMMC_WAKERS || fd < 0) {
+  if (!e || number > VMMC_MEMORY || fd < 0) {
     if (fd >= 0) close(fd);
+    return;
+  }
+  if (number == VMMC_MEMORY) {
+    memory_descriptor(e, fd);
     return;
   }
   if (!wake_is_harmless(fd)) {

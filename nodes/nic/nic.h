@@ -90,6 +90,7 @@ struct endpoint {
   uint64_t events_committed;         /* bytes of the event ring that are */
   uint32_t first_held, first_swept;  /* lists of slots, + 1: give_back.c */
   int waker[VMMC_WAKERS];            /* event descriptors, -1: none */
+  int memory;                        /* the program's memory, opened by itself, -1: none */
 };
 
 /* A peer's segment, mapped read-only to copy from. */
@@ -232,14 +233,19 @@ struct redirection {                             /* one posted redirection, eith
   struct endpoint *endpoint;
   const _Atomic uint64_t *post;                  /* app's: generation, offset, length, position … */
   const uint64_t *offset, *length, *position;
+  const uint64_t *space;                         /* NULL: the heap */
   _Atomic uint64_t *claim, *told, *from, *to;    /* NIC's */
   uint64_t claimed;                              /* generation held by this NIC now, 0: none */
 };
 struct redirection redirection_of_slot(struct endpoint *e, uint32_t slot);
 struct redirection redirection_of_export(struct endpoint *e, uint32_t id);
-/* How the bytes [at, at + length) begin: returns a run length and in *to where it goes, NULL for the
- * default place.  Holds the claim until redirect_done. */
-uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, char **to);
+struct place { /* where bytes go */
+  char *at;       /* NULL: the default place */
+  bool program;   /* an address in the program's own memory: for dma_copy_to_program */
+};
+/* How the bytes [at, at + length) begin: returns a run length and in *to where it goes.  Holds the claim
+ * until redirect_done. */
+uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, struct place *to);
 /* Bytes of [at, at + length) that are posted for; a look that claims nothing. */
 uint64_t redirect_covers(const struct redirection *r, uint64_t at, uint64_t length);
 void redirect_copied(struct redirection *r, uint64_t upto); /* bytes before `upto` are there */
@@ -278,6 +284,8 @@ void utlb_forget(uint32_t serial);
 /* ---- dma.c: 0, or EFAULT when memory of either side is not there ---- */
 void dma_start(void);
 int dma_copy(void *to, const void *from, size_t length);
+/* `memory` is a program's /proc/self/mem, `to` an address there.  EFAULT when some of it was not written. */
+int dma_copy_to_program(int memory, const void *to, const void *from, size_t length);
 
 /* ---- link.c ---- */
 struct link *link_to(uint32_t node);               /* NULL with errno set: no such node */

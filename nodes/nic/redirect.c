@@ -11,18 +11,19 @@ struct redirection redirection_of_slot(struct endpoint *e, uint32_t slot) {
   struct vmmc_app_slot *a = app_slot(e, slot);
   struct vmmc_nic_slot *n = nic_slot(e, slot);
   return (struct redirection){ e, &a->post, &a->redirect_offset, &a->redirect_length, &a->redirect_position,
-                               &n->claim, &n->redirected_post, &n->redirected_from, &n->redirected_to, 0 };
+                               &a->redirect_space, &n->claim, &n->redirected_post, &n->redirected_from,
+                               &n->redirected_to, 0 };
 }
 
 struct redirection redirection_of_export(struct endpoint *e, uint32_t id) {
   struct vmmc_app_export *a = (struct vmmc_app_export *)(e->app + VMMC_APP_EXPORTS) + id;
   struct vmmc_nic_export *n = (struct vmmc_nic_export *)(e->nic + VMMC_NIC_EXPORTS) + id;
   return (struct redirection){ e, &a->post, &a->redirect_offset, &a->redirect_length, &a->redirect_position,
-                               &n->claim, &n->redirected_post, &n->redirected_from, &n->redirected_to, 0 };
+                               NULL, &n->claim, &n->redirected_post, &n->redirected_from, &n->redirected_to, 0 };
 }
 
-uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, char **to) {
-  *to = NULL;
+uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, struct place *to) {
+  *to = (struct place){ 0 };
   /* acquire: pairs with the release that published offset, length and position */
   uint64_t post = atomic_load_explicit(r->post, memory_order_acquire);
   if (!post || r->endpoint->dying) return length;
@@ -30,7 +31,10 @@ uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, char 
   uint64_t offset = *(const volatile uint64_t *)r->offset;
   uint64_t room = *(const volatile uint64_t *)r->length;
   uint64_t position = *(const volatile uint64_t *)r->position;
-  if (room > VMMC_HEAP_BYTES || offset > VMMC_HEAP_BYTES - room || position > UINT64_MAX - room) return length;
+  bool program = r->space && *(const volatile uint64_t *)r->space == VMMC_SPACE_PROGRAM;
+  /* Any address will do in the program's memory: the kernel checks it, and nobody else's is behind it. */
+  uint64_t end = program ? INT64_MAX : VMMC_HEAP_BYTES;
+  if (room > end || offset > end - room || position > UINT64_MAX - room) return length;
   if (at < position) return position - at < length ? position - at : length;
   if (at - position >= room) return length;
 
@@ -39,7 +43,7 @@ uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, char 
   /* One ascending run: what does not continue it goes to the default place. */
   if (!first && atomic_load_explicit(r->to, memory_order_relaxed) != at) return length;
   if (room - (at - position) < length) length = room - (at - position);
-  if (utlb_translate(r->endpoint, offset + (at - position), length)) return length;
+  if (program ? r->endpoint->memory < 0 : utlb_translate(r->endpoint, offset + (at - position), length)) return length;
 
   if (r->claimed != post) {
     /* Claim, then look again: with the app's "post = 0, then look at claim", both seq_cst, one of the
@@ -57,7 +61,8 @@ uint64_t redirect_run(struct redirection *r, uint64_t at, uint64_t length, char 
     atomic_store_explicit(r->to, at, memory_order_relaxed);
     atomic_store_explicit(r->told, post, memory_order_release);
   }
-  *to = r->endpoint->app + VMMC_APP_HEAP + offset + (at - position);
+  to->program = program;
+  to->at = (program ? (char *)0 : r->endpoint->app + VMMC_APP_HEAP) + offset + (at - position);
   return length;
 }
 

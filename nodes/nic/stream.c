@@ -35,14 +35,15 @@ void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint6
 /* Copies stream bytes [at, at + length) to `to`, or to the default buffer: from the sender's ring, or from
  * what was carried, which begins with byte `begin`. */
 static int copy_run(struct endpoint *e, uint32_t slot, const char *ring, const char *carried, uint64_t begin,
-                    uint64_t at, uint64_t length, char *to) {
+                    uint64_t at, uint64_t length, struct place to) {
   while (length) {
     uint64_t offset = at % VMMC_RING, run = VMMC_RING - offset;
     if (run > length) run = length;
     const char *from = carried ? carried + (at - begin) : ring + offset;
-    int error = dma_copy(to ? to : default_buffer(e, slot) + offset, from, run);
+    char *here = to.at ? to.at : default_buffer(e, slot) + offset;
+    int error = to.program ? dma_copy_to_program(e->memory, here, from, run) : dma_copy(here, from, run);
     if (error) return error;
-    if (to) to += run;
+    if (to.at) to.at += run;
     at += run;
     length -= run;
   }
@@ -93,12 +94,16 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   uint64_t redirected = 0;
   int error = 0;
   while (at < end && !error) {
-    char *to;
+    struct place to;
     uint64_t run = redirect_run(&r, at, end - at, &to);
     error = copy_run(e, slot, ring, link_carried(), p->position, at, run, to);
+    if (error && to.program) { /* not writable, or gone: as if it had not been posted */
+      to = (struct place){ 0 };
+      error = copy_run(e, slot, ring, link_carried(), p->position, at, run, to);
+    }
     if (error) break;
     at += run;
-    if (to) {
+    if (to.at) {
       redirect_copied(&r, at);
       redirected += run;
     }

@@ -164,12 +164,12 @@ static int place(struct endpoint *e, const struct packet *p, const char *from) {
   uint64_t at = p->remote, end = p->remote + p->length, redirected = 0;
   int error = 0;
   while (at < end && !error) {
-    char *to;
+    struct place to;
     uint64_t run = redirect_run(&r, at, end - at, &to);
-    error = dma_copy(to ? to : e->app + VMMC_APP_HEAP + x->offset + at, from + (at - p->remote), run);
+    error = dma_copy(to.at ? to.at : e->app + VMMC_APP_HEAP + x->offset + at, from + (at - p->remote), run);
     if (error) break;
     at += run;
-    if (to) {
+    if (to.at) {
       redirect_copied(&r, at);
       redirected += run;
     }

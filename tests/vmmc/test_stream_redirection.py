@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from random import Random
 
 import pytest
 
@@ -71,11 +72,14 @@ def reader(cluster: Cluster, program: Callable[..., str]) -> Reading:
     """Starts the program: `with reader(chunk, rounds) as r`."""
 
     @contextmanager
-    def start(chunk: int, rounds: int, *options: str) -> Iterator[Reader]:
+    def start(
+        chunk: int, rounds: int, *options: str, environment: dict[str, str] | None = None
+    ) -> Iterator[Reader]:
         directory = native_file("libvmmc.so").parent
+        assignments = [f"{name}={value}" for name, value in (environment or {}).items()]
         path = program("redirected_receive", f"-L{directory}", "-lvmmc", f"-Wl,-rpath,{directory}")
         with cluster.node(0).popen(
-            [path, str(PORT), str(chunk), str(rounds), *options],
+            ["env", *assignments, path, str(PORT), str(chunk), str(rounds), *options],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         ) as process:  # fmt: skip
             try:
@@ -221,6 +225,127 @@ def test_ordinary_memory_is_not_redirected_to(reader: Reading, pattern: Pattern)
         assert result(r) == sent
         assert r.counted("redirections_posted") == 0
         assert r.counted("bytes_copied") == len(sent)
+
+
+ORDINARY = {"VMMC_REDIRECT_ORDINARY": "1"}
+
+
+def nic_has_the_memory_of(cluster: Cluster, process: subprocess.Popen[bytes]) -> bool:
+    """The NIC of node 0 has been given the memory of the program."""
+    nic, memory = cluster.status()["nodes"][0]["nic_pid"], f"/proc/{process.pid}/mem"
+    return any(os.readlink(entry.path) == memory for entry in os.scandir(f"/proc/{nic}/fd"))
+
+
+@across_the_ring
+def test_ordinary_memory_when_asked_for(reader: Reading, pattern: Pattern, chunk: int) -> None:
+    sent, rounds = b"", RING // chunk + 2
+    with reader(chunk, rounds, "ordinary", environment=ORDINARY) as r:
+        for i in range(rounds):
+            r.go()
+            r.until("redirections_posted", i + 1)
+            while not nic_has_the_memory_of(r.cluster, r.process):
+                os.sched_yield()
+            sent += (data := pattern(chunk))
+            r.connection.sendall(data)
+            r.until("bytes_redirected", len(sent))
+        assert result(r) == sent
+        assert (r.counted("bytes_default"), r.counted("bytes_copied")) == (0, 0)
+
+
+def test_more_ordinary_memory_than_is_posted_at_a_time(reader: Reading, pattern: Pattern) -> None:
+    length = 3 * RING + 5
+    sent = pattern(2 * length)
+    with reader(length, 2, "ordinary", environment=ORDINARY) as r:
+        r.go()
+        r.go()
+        r.connection.sendall(sent)
+        assert result(r) == sent
+        assert r.counted("redirections_posted") > 0
+        assert r.counted("bytes_copied") == r.counted("bytes_default")
+
+
+def test_ordinary_memory_where_the_kernel_forbids_it(reader: Reading, pattern: Pattern) -> None:
+    """A program that is not dumpable keeps its memory: that is no error, and nothing is said."""
+    if os.geteuid() == 0:
+        pytest.skip("nothing is forbidden to root")
+    sent = pattern(100_000)
+    with reader(100_000, 1, "ordinary", "undumpable", environment=ORDINARY) as r:
+        r.go()
+        r.connection.sendall(sent)
+        output, errors = r.process.communicate(timeout=30)
+        assert (output, errors) == (sent, b"")
+        assert r.counted("redirections_posted") == 0
+
+
+def test_ordinary_memory_that_cannot_be_written(reader: Reading, pattern: Pattern) -> None:
+    """EFAULT, as of any receive: nothing is written past the protection."""
+    with reader(100_000, 1, "read-only", environment=ORDINARY) as r:
+        r.go()
+        r.connection.sendall(pattern(100_000))
+        _, errors = r.process.communicate(timeout=30)
+        assert b"Bad address" in errors
+        assert (r.counted("redirections_posted"), r.counted("bytes_redirected")) == (0, 0)
+
+
+def test_nonsense_in_the_policy(reader: Reading, pattern: Pattern) -> None:
+    sent = pattern(100_000)
+    with reader(100_000, 1, "ordinary", environment={"VMMC_REDIRECT_ORDINARY": "10 KiB"}) as r:
+        r.go()
+        r.connection.sendall(sent)
+        output, errors = r.process.communicate(timeout=30)
+        assert output == sent
+        assert errors.count(b"\n") == 1
+        assert b"VMMC_REDIRECT_ORDINARY=10 KiB is neither a number of bytes nor never" in errors
+        assert r.counted("redirections_posted") == 0
+
+
+PERIOD = bytes(p * 13 & 127 for p in range(8191))  # interrupted_receive.c's
+
+
+@pytest.mark.parametrize("nic_dies", [False, True], ids=["", "the NIC dies"])
+@pytest.mark.parametrize(
+    ("memory", "environment"),
+    [("heap", {}), ("ordinary", ORDINARY), ("ordinary", {})],
+    ids=["heap", "ordinary memory, redirected to", "ordinary memory"],
+)
+def test_receives_that_end_in_every_way(
+    cluster: Cluster, program: Callable[..., str], memory: str, environment: dict[str, str], nic_dies: bool
+) -> None:
+    """Signals, longjmp, timeouts, parts and peeks at random moments: no byte is lost, doubled or late."""
+    directory = native_file("libvmmc.so").parent
+    path = program("interrupted_receive", f"-L{directory}", "-lvmmc", f"-Wl,-rpath,{directory}")
+    random = Random(7)
+    length = 2_000_000
+    sent = (PERIOD * (length // len(PERIOD) + 1))[:length]
+    node = cluster.node(0)
+    before = node.counters()
+    assignments = [f"{name}={value}" for name, value in environment.items()]
+    process = node.popen(
+        ["env", *assignments, path, str(PORT), str(length), "5", memory],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        node.wait_for_port(PORT)
+        deaths = sorted(random.randrange(length) for _ in range(3)) if nic_dies else []
+        with node.connect(PORT) as connection:
+            at = 0
+            while at < length:
+                piece = random.choice([1, 1000, 3000, 60_000])
+                connection.sendall(sent[at : at + piece])
+                at += piece
+                while deaths and deaths[0] < at:
+                    deaths.pop(0)
+                    while not (nic := cluster.status()["nodes"][0]["nic_pid"]):
+                        os.sched_yield()
+                    with suppress(ProcessLookupError):  # not yet known to be dead
+                        os.kill(nic, signal.SIGKILL)
+            connection.shutdown(socket.SHUT_WR)
+            output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert output.startswith(b"ok"), output
+    posted = node.counters()["redirections_posted"] - before["redirections_posted"]
+    assert bool(posted) == (memory == "heap" or bool(environment))
 
 
 def receive_into_the_heap(port: int, length: int) -> tuple[bytes, int]:

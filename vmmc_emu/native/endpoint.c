@@ -269,6 +269,17 @@ int endpoint_give_waker(struct endpoint *e, uint32_t number, int eventfd) {
   return say(e->attach_fd, VMMC_WAKER, number, eventfd);
 }
 
+bool endpoint_give_memory(struct endpoint *e) {
+  int known = atomic_load_explicit(&e->memory, memory_order_relaxed);
+  if (known) return known > 0;
+  /* A process may always open itself, whatever ptrace's rules are; but not when it is not dumpable. */
+  int fd = (int)sys_call(SYS_openat, AT_FDCWD, (long)"/proc/self/mem", O_RDWR | O_CLOEXEC, 0, 0, 0);
+  bool given = fd >= 0 && say(e->attach_fd, VMMC_WAKER, VMMC_MEMORY, fd) == 0;
+  if (fd >= 0) sys_close(fd);
+  atomic_store_explicit(&e->memory, given ? 1 : -1, memory_order_relaxed); /* threads that do it twice do no harm */
+  return given;
+}
+
 /* ---- the process's own endpoint, and fork ------------------------------------------------------ */
 
 /* In a child of fork: what the parent attached is not ours.  The structure stays, empty: sockets that

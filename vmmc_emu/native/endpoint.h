@@ -21,6 +21,7 @@ struct endpoint {
   uint32_t index, serial;    /* which endpoint of the node */
   int32_t pid;               /* the process that attached */
   int attach_fd;             /* the daemon's view of our life; close-on-exec, numbered high */
+  _Atomic int memory;        /* may the NIC write our memory: 0 not asked yet, 1 yes, -1 no */
   void *vmmc;                /* private to the VMMC API (vmmc.c) */
   void *sockets;             /* private to the socket layer (connection.c) */
 };
@@ -56,6 +57,9 @@ void endpoint_private_close(int fd); /* closes one of them and forgets it */
 
 /* Gives the NIC an event descriptor as waker `number` (0 .. VMMC_WAKERS - 1).  0 or -errno. */
 int endpoint_give_waker(struct endpoint *endpoint, uint32_t number, int eventfd);
+
+/* Lets the NIC write this process's memory, from the first call on; false: that cannot be. */
+bool endpoint_give_memory(struct endpoint *endpoint);
 
 /* ---- parts of the segments ---- */
 static inline struct vmmc_app_header *app_header(const struct endpoint *e) { return (void *)e->app; }

@@ -22,6 +22,7 @@
 #define endpoint_private_descriptor vmmc_i_endpoint_private_descriptor
 #define endpoint_descriptor_is_private vmmc_i_endpoint_descriptor_is_private
 #define endpoint_private_close vmmc_i_endpoint_private_close
+#define endpoint_give_memory vmmc_i_endpoint_give_memory
 #define endpoint_give_waker vmmc_i_endpoint_give_waker
 #define endpoint_ring_slot vmmc_i_endpoint_ring_slot
 #define endpoint_let_nic_look vmmc_i_endpoint_let_nic_look

@@ -17,8 +17,11 @@
  */
 #include <errno.h>
 #include <netinet/in.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/single_threaded.h>
 
 #include "connection.h"
@@ -350,12 +353,51 @@ struct redirected_receive {
   uint64_t position;       /* stream position of its first byte */
   uint64_t generation;
   uint64_t target;         /* bytes that end the wait */
+  uint64_t space;          /* enum vmmc_space */
+  struct wait_undo undo;   /* as long as the address is posted, for a handler that leaves by longjmp */
 };
 
-/* Posts the address, when it lies in the heap.  receive_lock is held. */
+/* The least receive into the program's own memory that the NIC writes: docs/performance.md has the figures. */
+static uint64_t program_least = UINT64_MAX;
+
+static void program_policy(void) {
+  const char *text = getenv("VMMC_REDIRECT_ORDINARY");
+  if (!text || !*text || !strcmp(text, "never")) return;
+  char *end;
+  errno = 0;
+  unsigned long long bytes = strtoull(text, &end, 10);
+  if (errno || *end || *text < '0' || *text > '9')
+    fprintf(stderr, "vmmc: VMMC_REDIRECT_ORDINARY=%.64s is neither a number of bytes nor never: using never\n", text);
+  else
+    program_least = bytes;
+}
+
+/*
+ * May the NIC write [address, + length)?  It writes past the page protections, which a copy of ours would meet:
+ * so they are asked for here.  That makes pages which the program may never need: few at a time.
+ */
+static bool program_hold(struct endpoint *e, char *address, uint64_t *length) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, program_policy);
+  if (*length < program_least || !endpoint_give_memory(e)) return false;
+  if (*length > VMMC_RING) *length = VMMC_RING;
+  uintptr_t first = (uintptr_t)address / VMMC_PAGE * VMMC_PAGE;
+  return sys_call(SYS_madvise, (long)first, (long)((uintptr_t)address + *length - first), MADV_POPULATE_WRITE, 0, 0,
+                  0) == 0;
+}
+
+static void redirect_cancelled(void *context);
+
+/* Posts the address, when the NIC reaches it.  receive_lock is held. */
 static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char *destination,
                           uint64_t length, uint64_t target) {
-  if (!heap_hold(s->endpoint, destination, length, &r->offset)) return false;
+  r->space = VMMC_SPACE_HEAP;
+  if (!heap_hold(s->endpoint, destination, length, &r->offset)) {
+    if (!program_hold(s->endpoint, destination, &length)) return false;
+    r->space = VMMC_SPACE_PROGRAM;
+    r->offset = (uintptr_t)destination;
+    if (target > length) target = length;
+  }
   struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
   r->socket = s;
   r->destination = destination;
@@ -367,7 +409,9 @@ static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char 
   a->redirect_length = length;
   a->redirect_position = r->position;
   a->redirect_wake = r->position + r->target;
+  a->redirect_space = r->space;
   s->redirecting = true;
+  wait_undo_push(&r->undo, redirect_cancelled, r);
   COUNT_APP(s, redirections_posted, 1);
   /* release: the NIC that sees the generation sees what it stands for */
   atomic_store_explicit(&a->post, r->generation, memory_order_release);
@@ -460,6 +504,7 @@ static bool redirect_is_over(void *context) {
   return over;
 }
 
+/* After this nothing is written for this receive any more, and what was is read. */
 static void redirect_end(struct redirected_receive *r, bool read_rest) {
   struct vsocket *s = r->socket;
   redirect_withdraw(r);
@@ -469,8 +514,9 @@ static void redirect_end(struct redirected_receive *r, bool read_rest) {
   /* Bytes that were redirected are nowhere else: they are read, if only by a thread that is cancelled. */
   if (read_rest || to > from) redirect_progress(r);
   if (redirect_consumed(r) < r->position + r->length) COUNT_APP(s, redirections_cancelled, 1);
-  heap_release(s->endpoint, r->offset, r->length);
+  if (r->space == VMMC_SPACE_HEAP) heap_release(s->endpoint, r->offset, r->length);
   s->redirecting = false;
+  wait_undo_pop(&r->undo); /* only now: the memory may be a stack frame that longjmp leaves */
   critical_unlock(&s->receive_lock);
   connection_wake_local(s); /* readers that had to wait for this one */
 }
@@ -483,12 +529,9 @@ redirect_wait(struct redirected_receive *r, uint64_t deadline, bool timed, uint6
   struct wait_word words[SOCKET_WORDS];
   volatile int waited = 0; /* the push may be a setjmp */
   int count = socket_wait_words(r->socket, true, false, words);
-  struct wait_undo undo;
-  wait_undo_push(&undo, redirect_cancelled, r);
   pthread_cleanup_push(redirect_cancelled, r);
   waited = wait_until(words, count, redirect_is_over, r, deadline, timed);
   pthread_cleanup_pop(0);
-  wait_undo_pop(&undo);
   redirect_end(r, true);
   *arrived = redirect_consumed(r) - r->position;
   return waited;

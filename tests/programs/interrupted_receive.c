@@ -1,0 +1,119 @@
+/* Receives that end in every way, while bytes arrive: by signals, some of whose handlers leave by longjmp, by
+ * timeouts, in part, after a peek.  Memory that a receive had is checked after it: nothing may come late.
+ *
+ *   interrupted_receive PORT BYTES SEED heap|ordinary
+ *
+ * Accepts one connection, reads BYTES bytes and checks each: byte p of the stream is pattern(p).  A receive that
+ * was left by longjmp does not tell how much it read: its buffer does.  Says "ok RETURNED JUMPED" at the end. */
+#include <netinet/in.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/time.h>
+#include <vmmc.h>
+
+#include "check.h"
+
+enum { LARGEST = 70000, UNTOUCHED = 0xee };
+
+static uint64_t seed;
+static uint64_t chance(uint64_t below) {
+  seed = seed * 6364136223846793005u + 1442695040888963407u;
+  return (seed >> 33) % below;
+}
+
+static unsigned char pattern(uint64_t position) { return (unsigned char)(position % 8191 * 13 & 127); }
+
+static sigjmp_buf out;
+static volatile sig_atomic_t may_leave;
+
+static void on_alarm(int signal) {
+  (void)signal;
+  if (may_leave) siglongjmp(out, 1);
+}
+
+static void alarm_in(long us) {
+  setitimer(ITIMER_REAL, &(struct itimerval){.it_value.tv_usec = us}, NULL);
+}
+
+static uint64_t position, returned, jumped;
+
+/* One receive; true at the end of the stream. */
+static bool receive_once(int fd, unsigned char *buffer) {
+  static const int choice[] = {0, MSG_WAITALL, MSG_WAITALL, MSG_PEEK, MSG_PEEK | MSG_WAITALL, MSG_DONTWAIT};
+  volatile int flags = choice[chance(sizeof choice / sizeof *choice)];
+  volatile size_t length = 1 + (size_t)chance(chance(2) ? LARGEST : 3000);
+  volatile ssize_t n = -1;
+  memset(buffer, UNTOUCHED, LARGEST);
+  struct timeval limit = {.tv_usec = chance(3) ? 0 : (suseconds_t)(1 + chance(3000))};
+  setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+  struct sigaction action = {.sa_handler = on_alarm, .sa_flags = chance(2) ? SA_RESTART : 0};
+  sigaction(SIGALRM, &action, NULL);
+  volatile bool left = false;
+  volatile int error = 0;
+  if (sigsetjmp(out, 1) == 0) {
+    may_leave = chance(2) != 0;
+    alarm_in(1 + (long)chance(chance(2) ? 60 : 1000));
+    n = recv(fd, buffer, length, flags);
+    error = errno;
+  } else {
+    left = true;
+  }
+  may_leave = 0;
+  alarm_in(0);
+  size_t got = 0;
+  if (left) {
+    while (got < length && buffer[got] != UNTOUCHED) got++;
+    jumped++;
+  } else {
+    if (n < 0) CHECK(error == EINTR || error == EAGAIN);
+    if (n > 0) got = (size_t)n;
+    returned++;
+  }
+  for (size_t i = 0; i < got; i++)
+    if (buffer[i] != pattern(position + i)) {
+      fprintf(stderr, "byte %llu is wrong\n", (unsigned long long)(position + i));
+      _exit(1);
+    }
+  for (size_t i = got; i < LARGEST; i++) CHECK(buffer[i] == UNTOUCHED);
+  if (!(flags & MSG_PEEK)) position += got;
+  memset(buffer, UNTOUCHED, LARGEST);
+  return !left && n == 0;
+}
+
+/* The same, into a stack frame that is no more when it has ended. */
+__attribute__((noinline)) static bool receive_on_stack(int fd) {
+  unsigned char buffer[LARGEST];
+  return receive_once(fd, buffer);
+}
+
+int main(int count, char **arguments) {
+  CHECK(count == 5);
+  uint64_t bytes = strtoull(arguments[2], NULL, 10);
+  seed = strtoull(arguments[3], NULL, 10);
+  bool heap = !strcmp(arguments[4], "heap");
+  unsigned char *buffer[2] = {NULL, NULL};
+  struct vmmc_endpoint *here = heap ? vmmc_attach(NULL, VMMC_HERE) : NULL;
+  for (int i = 0; i < 2; i++) {
+    CHECK(buffer[i] = heap ? vmmc_alloc(here, LARGEST) : malloc(LARGEST));
+    memset(buffer[i], UNTOUCHED, LARGEST);
+  }
+  struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(arguments[1]))};
+  int listener = socket(AF_INET, SOCK_STREAM, 0);
+  CHECK(bind(listener, (struct sockaddr *)&address, sizeof address) == 0 && listen(listener, 1) == 0);
+  int fd = accept(listener, NULL, NULL);
+  CHECK(fd >= 0);
+  bool ended = false;
+  for (int turn = 0; !ended; turn ^= 1) {
+    ended = heap || chance(2) ? receive_once(fd, buffer[turn]) : receive_on_stack(fd);
+    /* What the receive before the last had is as it was left: nothing came after it. */
+    for (size_t i = 0; i < LARGEST; i++) CHECK(buffer[turn ^ 1][i] == UNTOUCHED);
+  }
+  if (position != bytes) {
+    fprintf(stderr, "%llu bytes of %llu\n", (unsigned long long)position, (unsigned long long)bytes);
+    return 1;
+  }
+  printf("ok %llu %llu\n", (unsigned long long)returned, (unsigned long long)jumped);
+  return 0;
+}
