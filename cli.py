@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,14 +21,15 @@ _COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red", "bright_cyan", 
 # Commands that live in modules of their own, loaded when they are used.
 _ELSEWHERE = {
     "bench": ("vmmc_emu.bench_cli", "bench", "Measure: programs under VMMC beside the kernel's TCP."),
+    "node": ("vmmc_emu.node_cli", "node", "Take the power from nodes, or give it back."),
     "link": ("vmmc_emu.link_cli", "link", "Lose, damage, delay or cut what goes from node to node."),
     "partition": ("vmmc_emu.link_cli", "partition", "Split the cluster into groups of nodes."),
     "heal": ("vmmc_emu.link_cli", "heal", "Mend every link that is down."),
     "demo": ("vmmc_emu.demo_cli", "demo", "Show what this is for, on a cluster of its own."),
 }
 
-_ORDER = ("up", "status", "run", "ps", "logs", "stats", "link", "partition", "heal", "down", "demo", "bench",
-          "doctor", "completion")  # fmt: skip
+_ORDER = ("up", "status", "run", "ps", "logs", "stats", "node", "link", "partition", "heal", "down", "demo",
+          "bench", "doctor", "completion")  # fmt: skip
 
 
 class _Commands(click.Group):
@@ -197,10 +199,22 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
     if found["state"] == "down":
         click.echo(f"All its processes were killed; `{_command(place.cluster)} down` removes what is left.")
     if found["state"] == "unsupervised":
-        click.echo(
-            "Its supervisor was killed: traffic goes on, but daemons that die stay dead until down and up."
-        )
+        click.echo("Its supervisor was killed: traffic goes on, and a daemon is starting the next one.")
     show_lines(_node_table(found, with_state=True))
+    replaced = [("", "supervisor", found["supervisor_restarts"])] + [
+        (node["name"], "NIC" if what == "nic" else what, node["restarts"][what])
+        for node in found["nodes"]
+        for what in ("daemon", "nic")
+    ]
+    rows = [
+        [node, what, each["count"], f"{duration(max(0.0, time.time() - last['when']))} ago", last["how"]]
+        for node, what, each in replaced
+        for last in each["recent"][:1]
+    ]
+    if rows:
+        click.echo()
+        show_lines(table(["NODE", "REPLACED", "TIMES", "LAST", "WHY"], rows, right=(2,)))
+
 
 
 # ---- programs ----
@@ -332,10 +346,18 @@ def _line_writer(width: int) -> Callable[[int, bytes, bool], None]:
     "--node", "nodes", multiple=True, metavar="NODES", shell_complete=_complete_node, help="Only these."
 )
 @click.option("--follow", "-f", is_flag=True, help="Go on with what is added, until Ctrl-C.")
+@click.option(
+    "--level", type=click.Choice(["info", "warning", "error"]), default="info",
+    help="Of supervisor, daemons and NICs, only lines of this level and above.",
+)  # fmt: skip
 @click.pass_obj
 @explained
-def logs(place: paths.ClusterPaths, nodes: tuple[str, ...], follow: bool) -> None:
-    """Show what detached programs, daemons and NICs have written."""
+def logs(place: paths.ClusterPaths, nodes: tuple[str, ...], follow: bool, level: str) -> None:
+    """Show what detached programs, daemons and NICs have written.
+
+    Each line begins with whose it is.  Those of the supervisor, of daemons and of NICs have a time (UTC)
+    and a level; of many that are alike in ten seconds, some are written and the rest is counted.
+    """
     from vmmc_emu import follow as following  # noqa: PLC0415
     from vmmc_emu import observe  # noqa: PLC0415
 
@@ -343,12 +365,12 @@ def logs(place: paths.ClusterPaths, nodes: tuple[str, ...], follow: bool) -> Non
     chosen = set(names.node_set(nodes, count)) if nodes else None
     if follow:
         try:
-            show_lines(following.follow(place, chosen))
+            show_lines(following.follow(place, chosen, level))
         except KeyboardInterrupt:
             sys.exit(130)
         return
     for log in observe.logs(place, chosen):
-        show_lines(observe.log_lines(log))
+        show_lines(observe.log_lines(log, level))
 
 
 @main.command()

@@ -19,7 +19,7 @@
  *   EBUSY         the memory or export is in use
  *   EAGAIN        too many transfers are under way
  *   ENOBUFS       a send's data is in place, but the owner's ring of notifications is full
- *   EHOSTUNREACH  the cluster has no such node
+ *   EHOSTUNREACH  the cluster has no such node, or it is off
  *   ECONNRESET    the buffer was unexported, or this endpoint has ended
  *   ETIMEDOUT     it lasted longer than timeout_ms; EINTR: a signal handler ran meanwhile
  *   EBADF         this process is a child of fork: the endpoint is its parent's

@@ -42,13 +42,14 @@ enum vmmc_control_kind {
   VMMC_CONTROL_READY = 5,  /* NIC: serving */
   VMMC_CONTROL_EXPELLED = 7, /* NIC: that endpoint is served no more, its log says why; GONE follows */
   VMMC_CONTROL_WIRE = 6,   /* daemon: a wire is to be like this from now on: struct vmmc_control_wire */
+  VMMC_CONTROL_LOST = 7,   /* daemon: node `value` lost its power when it had been started `serial` times */
 };
 
 struct vmmc_control {
   uint32_t kind; /* enum vmmc_control_kind */
   uint32_t endpoint;
   uint32_t serial;
-  int32_t value; /* ATTACH: pid; WAKER: number; READY: NIC's pid */
+  int32_t value; /* ATTACH: pid; WAKER: number; READY: NIC's pid; LOST: node */
 };
 
 /*

@@ -409,6 +409,7 @@ struct vmmc_link_counters {
 /* How the segment link.node<j> begins: for observers.  The rest is the NICs' own. */
 struct vmmc_link_header {
   uint32_t magic, version; /* writer: the NIC whose node the segment is of */
+  uint32_t peer_boot;      /* vmmc_pub.boot of the peer that it was made to speak to */
   _Alignas(VMMC_LINE) struct vmmc_link_counters counters;
 };
 
@@ -474,6 +475,7 @@ struct vmmc_nic_header {
 struct vmmc_pub { /* writer: NIC */
   uint32_t magic, version;
   uint32_t node, nodes;
+  uint32_t boot; /* how often the node was started: it loses its memory in between */
   _Atomic uint32_t incarnation; /* raised by each NIC process that takes the node over */
   _Atomic int32_t nic_pid;
   /* 1 while the NIC sleeps or is about to: whoever gives it work then raises and wakes a bell: an app

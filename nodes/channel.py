@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import os
 import socket
 import struct
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
+
+from vmmc_emu.loop import Callback, Loop
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Store:
     endpoints: dict[int, Endpoint] = field(default_factory=dict)  # by serial
     last_serial: int = 0
     nic_pid: int = 0  # 0: none has been started
+    boot: int = 1  # how often the node was started
 
     def descriptors(self) -> set[int]:
         """Everything that a daemon of this node needs open."""
@@ -55,19 +60,105 @@ class Store:
         return found
 
 
+    def close(self) -> None:
+        """Lets go of all of them."""
+        for descriptor in self.descriptors():
+            os.close(descriptor)
+
+
+class Outbox:
+    """Messages for a socket that does not block: what finds no room, its reader being stopped, waits."""
+
+    def __init__(self, loop: Loop, connection: socket.socket, readable: Callback) -> None:
+        connection.setblocking(False)
+        self._loop, self._connection, self._readable = loop, connection, readable
+        self._waiting: deque[tuple[bytes, tuple[int, ...]]] = deque()
+        self._loop.watch(connection.fileno(), readable)
+
+    def send(self, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
+        """Sends now or as soon as there is room; what waits holds descriptors of its own."""
+        self._waiting.append((data, tuple(os.dup(descriptor) for descriptor in descriptors)))
+        self.flush()
+
+    def tell(self, descriptors: tuple[int, ...] = (), **message: Any) -> None:
+        """The same with a message as `receive` takes it."""
+        self.send(json.dumps(message).encode(), descriptors)
+
+    def flush(self) -> None:
+        """Sends what there is room for."""
+        while self._waiting:
+            data, descriptors = self._waiting[0]
+            try:
+                socket.send_fds(self._connection, [data], descriptors)
+            except BlockingIOError:
+                break
+            except (BrokenPipeError, ConnectionResetError, ConnectionRefusedError):
+                self.clear()  # there is nobody to tell; who reads from it hears so
+                return
+            except OSError as error:
+                if error.errno not in {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}:
+                    raise
+                self._loop.call_later(_NO_ROOM_S, self._flush_open)  # descriptors under way, or memory
+                return
+            self._waiting.popleft()
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._loop.watch(self._connection.fileno(), self._readable, self.flush if self._waiting else None)
+
+    def _flush_open(self) -> None:
+        if self._connection.fileno() >= 0:
+            self.flush()
+
+    def clear(self) -> None:
+        """Forgets what waits."""
+        while self._waiting:
+            for descriptor in self._waiting.popleft()[1]:
+                os.close(descriptor)
+        if self._connection.fileno() >= 0:
+            self._loop.watch(self._connection.fileno(), self._readable)
+
+    def close(self) -> None:
+        """Closes the socket and forgets what waits."""
+        self.clear()
+        self._loop.unwatch(self._connection.fileno())
+        self._connection.close()
+
+
+_NO_ROOM_S = 0.1
+
+
 def send(channel: socket.socket, descriptors: tuple[int, ...] = (), **message: Any) -> None:
-    """Tells the supervisor; when it is gone there is nobody to tell."""
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    """Sends one message; when the other side is gone, or does not read, there is nobody to tell."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError, BlockingIOError):
         socket.send_fds(channel, [json.dumps(message).encode()], descriptors)
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """The next message with its descriptors; None: the other side is gone.  BlockingIOError: nothing yet."""
+    """The next message with its descriptors; None: the other side is gone.
+
+    BlockingIOError: nothing yet.  ValueError: what came is no message; its descriptors are closed.
+    """
     try:
         data, descriptors = receive_descriptors(channel, 65536)
     except ConnectionResetError:
         return None
-    return (json.loads(data), descriptors) if data else None
+    if not data:
+        return None
+    try:
+        message = json.loads(data)
+        if not isinstance(message, dict):
+            raise ValueError("a message is an object")
+    except (ValueError, RecursionError) as error:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise ValueError(f"{data[:60]!r} is no message: {error}") from None
+    return message, descriptors
+
+
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end, as they were when it connected."""
+    pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid
 
 
 def receive_descriptors(connection: socket.socket, most: int, flags: int = 0) -> tuple[bytes, list[int]]:

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
 import struct
 import sys
 import time
-from collections import deque
+import traceback
 from pathlib import Path
+from typing import Any
 
 import posix_ipc
-from vmmc_emu.nodes import channel
+from vmmc_emu.nodes import channel, journal
 from vmmc_emu.nodes.channel import Endpoint, Store
+from vmmc_emu.nodes.journal import ERROR, INFO, WARNING, log
 from vmmc_emu.nodes.messages import Protocol
 from vmmc_emu.nodes.title import set_title
 
-from vmmc_emu import limits, names, paths, processes, wires
+from vmmc_emu import limits, names, paths, power, processes, wires
 from vmmc_emu.loop import Loop
 
 _SO_PEERPIDFD = 77  # Linux 6.5; not yet in the socket module
@@ -35,13 +38,7 @@ _CONTROL_BYTES = 5 * 4096
 _NIC_YOUNG_S = 1.0  # a NIC that dies younger than this is not restarted at once
 _NIC_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
-
-def log(text: str) -> None:
-    """One event, one line, in the daemon's log; the time as in the NIC's."""
-    now = time.time()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-    with contextlib.suppress(OSError):  # a full disk must not stop a node
-        os.write(2, f"{stamp}.{int(now * 1000) % 1000:03d}Z {text}\n".encode())
+_SEEK_FIRST_S, _SEEK_LAST_S = 0.02, 1.0  # between looks for the next supervisor: doubling
 
 
 class Daemon:
@@ -53,18 +50,24 @@ class Daemon:
         nodes: int,
         store: Store,
         supervisor: socket.socket,
+        name_lock: int,
         protocol: Protocol,
         sizes: dict[str, int],
     ) -> None:
         self._place, self._nodes, self._store = place, nodes, store
-        self._node = store.node
+        self._node, self._name = store.node, names.node_name(store.node)
+        self._name_lock = name_lock  # the cluster's: held as long as one of us lives
         self._protocol, self._sizes = protocol, sizes
-        self._supervisor = supervisor
-        self._loop = Loop()
+        self._loop = Loop(self._failed)
+        journal.begin(self._loop.call_later)
+        self._supervisor: socket.socket | None = None
+        self._to_supervisor: channel.Outbox | None = None
+        self._seek_pause_s = _SEEK_FIRST_S
+        self._children: set[int] = set()  # supervisors that we started
+        self._begin_with(supervisor)
         self._listener = socket.socket(fileno=store.listener)
         self._control = socket.socket(fileno=store.control)
-        self._control.setblocking(False)
-        self._outbox: deque[tuple[bytes, tuple[int, ...]]] = deque()  # control messages that did not fit
+        self._to_nic = channel.Outbox(self._loop, self._control, self._hear_nic)
         self._sockets: dict[int, socket.socket] = {}  # attach sockets by descriptor
         self._indices: dict[int, int] = {}  # endpoint index → serial
         self._nic_pidfd = -1
@@ -76,10 +79,8 @@ class Daemon:
     def run(self) -> None:
         """Serves the node until SIGTERM."""
         self._loop.on_signal(signal.SIGTERM, self._loop.stop)
-        self._loop.on_signal(signal.SIGCHLD, lambda: None)
+        self._loop.on_signal(signal.SIGCHLD, self._reap)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._loop.watch(self._control.fileno(), self._hear_nic)
-        self._loop.watch(self._supervisor.fileno(), self._hear_supervisor)
         if self._store.nic_pid:
             self._take_over()
         else:
@@ -88,7 +89,17 @@ class Daemon:
         self._listener.setblocking(False)
         self._loop.watch(self._listener.fileno(), self._accept)
         self._loop.run()
-        log(f"{names.node_name(self._node)} daemon ends")
+        log(INFO, f"{self._name} daemon ends")
+
+    def _failed(self, error: Exception) -> None:
+        """Something went wrong that nobody thought of: it concerns one event, the others go on."""
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        log(ERROR, f"{self._name} daemon: {type(error).__name__}: {error} ({at.name}, line {at.lineno})")
+
+    def _reap(self) -> None:
+        for pid in list(self._children):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                self._children.discard(pid)
 
     # ---- the node's segments ----
 
@@ -122,10 +133,12 @@ class Daemon:
     # ---- the NIC ----
 
     def _start_nic(self) -> None:
+        # One of which nobody knows, because its daemon was killed before it could tell.
+        if stray := processes.nic_of(self._place, self._node):
+            log(WARNING, f"{self._name}: NIC {stray.pid}, which a predecessor started last, makes room")
+            processes.kill([stray])
         # What its predecessor left unread would be heard twice: everything is said anew below.
-        while self._outbox:
-            for unsent in self._outbox.popleft()[1]:
-                os.close(unsent)
+        self._to_nic.clear()
         with (
             contextlib.suppress(BlockingIOError),
             socket.socket(fileno=os.dup(self._store.nic_control)) as theirs,
@@ -136,31 +149,41 @@ class Daemon:
                     os.close(descriptor)
         self._nic_ready = False
         program = str(paths.native_file("vmmc-nic"))
-        log_path = str(self._place.logs / f"{names.node_name(self._node)}.nic.log")
-        pid = os.posix_spawn(
+        output = open_log(self._place.logs / f"{self._name}.nic.log")
+        try:
+            pid = self._spawn_nic(program, output)
+        except OSError as error:
+            log(ERROR, f"{self._name} cannot start its NIC: {error.strerror}; it tries again")
+            self._tell_supervisor(what="failed", why=f"{program} cannot be started: {error.strerror}")
+            self._loop.call_later(_NIC_BACKOFF_S[-1], self._start_nic)
+            return
+        finally:
+            os.close(output)
+        self._store.nic_pid = pid
+        self._nic_started = time.monotonic()
+        processes.record(self._place, pid, processes.NIC, self._node, f"vmmc-nic of {self._name}")
+        self._tell_supervisor(what="nic", pid=pid)
+        self._nic_pidfd = os.pidfd_open(pid)
+        self._loop.watch(self._nic_pidfd, self._nic_ended)
+
+    def _spawn_nic(self, program: str, output: int) -> int:
+        return os.posix_spawn(
             program,
             [
                 *("vmmc-nic", "--cluster", self._place.cluster, "--uid", str(os.getuid())),
                 *("--node", str(self._node), "--nodes", str(self._nodes), "--control", "3"),
+                *("--boot", str(self._store.boot)),
             ],
             os.environ,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
+                (os.POSIX_SPAWN_DUP2, output, 1),
+                (os.POSIX_SPAWN_DUP2, output, 2),
                 (os.POSIX_SPAWN_DUP2, self._store.nic_control, 3),
             ],
             setsigmask=(),
             setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT),
         )
-        self._store.nic_pid = pid
-        self._nic_started = time.monotonic()
-        processes.record(
-            self._place, pid, processes.NIC, self._node, f"vmmc-nic of {names.node_name(self._node)}"
-        )
-        channel.send(self._supervisor, what="nic", pid=pid)
-        self._nic_pidfd = os.pidfd_open(pid)
-        self._loop.watch(self._nic_pidfd, self._nic_ended)
 
     def _nic_ended(self) -> None:
         self._loop.unwatch(self._nic_pidfd)
@@ -170,20 +193,19 @@ class Daemon:
             how = describe_exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         except ChildProcessError:
             how = "ended (it was a predecessor daemon's)"
-        name = names.node_name(self._node)
         if not self._nic_ready and not self._nic_failures:
             # The first one, or one that was never heard of: say why where `up` waits for an answer.
-            channel.send(
-                self._supervisor, what="failed", why=f"the NIC of {name} {how}{self._nic_last_words()}"
-            )
+            self._tell_supervisor(what="failed", why=f"the NIC of {self._name} {how}{self._nic_last_words()}")
         young = time.monotonic() - self._nic_started < _NIC_YOUNG_S
         self._nic_failures = self._nic_failures + 1 if young else 0
         delay = (
             _NIC_BACKOFF_S[min(self._nic_failures - 1, len(_NIC_BACKOFF_S) - 1)]
-            if self._nic_failures > 1
+            if self._nic_failures > 1 and not os.environ.get("VMMC_RESTART_AT_ONCE")
             else 0
         )
-        log(f"{name} NIC {pid} {how}; a successor starts {f'in {delay} s' if delay else 'now'}")
+        when = f"in {delay} s" if delay else "now"
+        log(WARNING, f"{self._name} NIC {pid} {how}; a successor starts {when}")
+        processes.note_restart(self._place, f"{self._name}.nic", pid, how)
         processes.forget(self._place, processes.NIC, self._node, pid)
         if delay:
             self._loop.call_later(delay, self._start_nic)
@@ -191,7 +213,7 @@ class Daemon:
             self._start_nic()
 
     def _nic_last_words(self) -> str:
-        path = self._place.logs / f"{names.node_name(self._node)}.nic.log"
+        path = self._place.logs / f"{self._name}.nic.log"
         with contextlib.suppress(OSError):
             lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             if lines:
@@ -200,7 +222,6 @@ class Daemon:
 
     def _take_over(self) -> None:
         """Goes on where a predecessor was killed: the NIC and the programs have noticed nothing."""
-        name = names.node_name(self._node)
         for endpoint in self._store.endpoints.values():
             self._indices[endpoint.index] = endpoint.serial
             self._watch_endpoint(endpoint)
@@ -211,28 +232,33 @@ class Daemon:
             what = segment.removeprefix(prefix)
             if segment.startswith(prefix) and what.startswith("ep") and what.partition(".")[0] not in known:
                 self._unlink(what)
-        nic = next(
-            (p for p in processes.recorded(self._place, processes.NIC) if p.pid == self._store.nic_pid), None
-        )
+        nic = processes.nic_of(self._place, self._node)
+        if nic is None or nic.pid != self._store.nic_pid:  # it may have yet to begin
+            recorded = processes.recorded(self._place, processes.NIC)
+            nic = next((each for each in recorded if each.pid == self._store.nic_pid), None)
         pidfd = processes.open_pidfd(nic) if nic else None
         if pidfd is None:
-            log(f"{name} daemon takes over from one that died; its NIC is gone too")
+            log(WARNING, f"{self._name} daemon takes over from one that died; its NIC is gone too")
+            processes.note_restart(
+                self._place, f"{self._name}.nic", self._store.nic_pid, "ended while the node had no daemon"
+            )
             self._start_nic()
             return
-        log(f"{name} daemon takes over from one that died: NIC {self._store.nic_pid} goes on")
+        log(INFO, f"{self._name} daemon takes over from one that died: NIC {self._store.nic_pid} goes on")
         self._nic_pidfd = pidfd
         self._nic_started = time.monotonic()
         self._loop.watch(pidfd, self._nic_ended)
         self._nic_ready = True
         self._tell_everything()
-        for endpoint in self._store.endpoints.values():
+        for endpoint in list(self._store.endpoints.values()):
             if not endpoint.replied:
                 self._reply(endpoint)
-        channel.send(self._supervisor, what="ready")
+        self._tell_supervisor(what="ready")
 
     def _tell_everything(self) -> None:
-        """Tells the NIC of every wire and endpoint; what it knows already changes nothing."""
+        """Tells the NIC of every wire, loss of power and endpoint; what it knows already changes nothing."""
         self._tell_wires(everything=True)
+        self._tell_losses()
         for endpoint in self._store.endpoints.values():
             self._tell_nic(self._protocol.CONTROL_ATTACH, endpoint, endpoint.pid)
             for number, descriptor in endpoint.wakers.items():
@@ -246,9 +272,16 @@ class Daemon:
         data = self._protocol.control.pack(
             kind=kind, endpoint=endpoint.index, serial=endpoint.serial, value=value
         )
-        # The waiting copy holds descriptors of its own: the endpoint may be gone before it is sent.
-        self._outbox.append((data, tuple(os.dup(descriptor) for descriptor in descriptors)))
-        self._flush()
+        self._to_nic.send(data, descriptors)
+
+    def _tell_losses(self) -> None:
+        """Tells the NIC which nodes lost their power, and when they last did."""
+        for node, power_of in power.ever_off(self._place).items():
+            lost = power_of.boot - power_of.on
+            if node != self._node:
+                self._to_nic.send(
+                    self._protocol.control.pack(kind=self._protocol.CONTROL_LOST, serial=lost, value=node)
+                )
 
     def _tell_wires(self, *, everything: bool = False) -> None:
         """Tells the NIC how wires are to be: those that have changed since it was told last, or all."""
@@ -259,21 +292,8 @@ class Daemon:
             data = self._protocol.control_wire.pack(
                 kind=self._protocol.CONTROL_WIRE, **{"from": sender}, **wire.control()
             )
-            self._outbox.append((data, ()))
+            self._to_nic.send(data)
         self._wires = present
-        self._flush()
-
-    def _flush(self) -> None:
-        while self._outbox:
-            data, descriptors = self._outbox[0]
-            try:
-                socket.send_fds(self._control, [data], descriptors)
-            except BlockingIOError:
-                break  # the NIC is slow or gone: go on when there is room
-            self._outbox.popleft()
-            for descriptor in descriptors:
-                os.close(descriptor)
-        self._loop.watch(self._control.fileno(), self._hear_nic, self._flush if self._outbox else None)
 
     def _hear_nic(self) -> None:
         for _ in range(64):  # then let others have their turn
@@ -282,7 +302,7 @@ class Daemon:
             except BlockingIOError:
                 return
             if message is None:
-                log(f"{names.node_name(self._node)}: the NIC said something that is no message")
+                log(WARNING, f"{self._name}: the NIC said something that is no message")
                 continue
             if message["kind"] == self._protocol.CONTROL_READY:
                 self._nic_is_ready(message["value"])
@@ -297,9 +317,9 @@ class Daemon:
         if pid != self._store.nic_pid:
             return  # a predecessor's last word
         self._nic_ready = True
-        log(f"{names.node_name(self._node)} NIC {pid} is ready")
+        log(INFO, f"{self._name} NIC {pid} is ready")
         self._tell_everything()
-        channel.send(self._supervisor, what="ready")
+        self._tell_supervisor(what="ready")
 
     # ---- programs ----
 
@@ -309,15 +329,15 @@ class Daemon:
         except BlockingIOError:
             return
         except OSError as error:
-            log(f"{names.node_name(self._node)} cannot take a connection: {error.strerror}")
+            log(WARNING, f"{self._name} cannot take a connection: {error.strerror}")
             if error.errno in {errno.EMFILE, errno.ENFILE}:
                 # The connection stays in the queue and would call again at once.
                 self._loop.unwatch(self._listener.fileno())
                 self._loop.call_later(0.2, lambda: self._loop.watch(self._listener.fileno(), self._accept))
             return
-        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        pid, uid = channel.peer(connection)
         if uid != os.getuid():
-            log(f"{names.node_name(self._node)} refused pid {pid} of user {uid}: it is another user's")
+            log(WARNING, f"{self._name} refused pid {pid} of user {uid}: it is another user's")
             connection.close()
             return
         connection.setblocking(False)
@@ -339,11 +359,13 @@ class Daemon:
         except ConnectionResetError:
             request = None
         if request is None or request["kind"] not in {self._protocol.ATTACH, self._protocol.VISIT}:
+            log(WARNING, f"{self._name} hung up on pid {pid}: what it sent is no request to attach")
             self._drop(connection)
             return
-        name = names.node_name(self._node)
+        name = self._name
         if (request["magic"], request["version"]) != (self._protocol.MAGIC, self._protocol.VERSION):
-            log(f"{name} refused pid {pid}: its library is of another version ({request['version']})")
+            version = request["version"]
+            log(WARNING, f"{name} refused pid {pid}: its library is of another version ({version})")
             self._refuse(connection, errno.EPROTO)
             return
         try:
@@ -354,7 +376,7 @@ class Daemon:
                 needed, free = 2 * _CONTROL_BYTES, limits.shm_free_bytes()
                 needs, has = limits.mebibytes(needed), limits.mebibytes(free)
                 hint = f": {needs} are needed in /dev/shm and {has} is free"
-            log(f"{name} cannot attach pid {pid}: {error.strerror}{hint}")
+            log(WARNING, f"{name} cannot attach pid {pid}: {error.strerror}{hint}")
             self._refuse(connection, error.errno or errno.EIO, needed, free)
             return
         self._tell_nic(self._protocol.CONTROL_ATTACH, endpoint, endpoint.pid)
@@ -364,8 +386,9 @@ class Daemon:
         if not visits and not (self._place.processes / f"{processes.PROGRAM}-{pid}").exists():
             processes.record(self._place, pid, processes.PROGRAM, self._node, command)
         log(
+            INFO,
             f"{name} attached pid {pid} as endpoint {endpoint.index}, serial {endpoint.serial}:"
-            f" {command[:200]}"
+            f" {command[:200]}",
         )
 
     def _refuse(self, connection: socket.socket, error: int, needed: int = 0, free: int = 0) -> None:
@@ -401,9 +424,7 @@ class Daemon:
             raise
         endpoint = Endpoint(serial, index, pid, connection.fileno(), pidfd)
         # Before the program or the NIC hear of it: a successor must know everything that they know.
-        channel.send(
-            self._supervisor, (endpoint.attach, pidfd), what="endpoint", serial=serial, index=index, pid=pid
-        )
+        self._tell_endpoint(endpoint)
         self._store.last_serial = serial
         self._store.endpoints[serial] = endpoint
         self._indices[index] = serial
@@ -438,7 +459,7 @@ class Daemon:
             for descriptor in descriptors:
                 os.close(descriptor)
         endpoint.replied = True
-        channel.send(self._supervisor, what="replied", serial=endpoint.serial)
+        self._tell_supervisor(what="replied", serial=endpoint.serial)
 
     def _hear_program(self, endpoint: Endpoint) -> None:
         try:
@@ -458,7 +479,7 @@ class Daemon:
             or len(descriptors) != 1
             or request["waker"] > self._protocol.MEMORY
         ):
-            log(f"{names.node_name(self._node)}: pid {endpoint.pid} sent a message that is none")
+            log(WARNING, f"{self._name}: pid {endpoint.pid} sent a message that is none")
             for descriptor in descriptors:
                 os.close(descriptor)
             return
@@ -466,7 +487,7 @@ class Daemon:
         if number in endpoint.wakers:
             os.close(endpoint.wakers[number])
         endpoint.wakers[number] = waker
-        channel.send(self._supervisor, (waker,), what="waker", serial=endpoint.serial, number=number)
+        self._tell_supervisor((waker,), what="waker", serial=endpoint.serial, number=number)
         self._tell_nic(self._protocol.CONTROL_WAKER, endpoint, number, (waker,))
 
     def _detach(self, endpoint: Endpoint, how: str) -> None:
@@ -476,11 +497,11 @@ class Daemon:
         endpoint.ending = True
         self._loop.unwatch(endpoint.attach)
         self._loop.unwatch(endpoint.pidfd)
-        channel.send(self._supervisor, what="ending", serial=endpoint.serial)
+        self._tell_supervisor(what="ending", serial=endpoint.serial)
         self._tell_nic(self._protocol.CONTROL_DETACH, endpoint)
         if processes.start_of(endpoint.pid) is None:
             processes.forget(self._place, processes.PROGRAM, self._node, endpoint.pid)
-        log(f"{names.node_name(self._node)} pid {endpoint.pid}, endpoint {endpoint.index}, {how}")
+        log(INFO, f"{self._name} pid {endpoint.pid}, endpoint {endpoint.index}, {how}")
 
     def _forget_endpoint(self, serial: int) -> None:
         endpoint = self._store.endpoints.get(serial)
@@ -492,21 +513,116 @@ class Daemon:
         del self._indices[endpoint.index]
         self._sockets.pop(endpoint.attach).detach()
         endpoint.close()
-        channel.send(self._supervisor, what="gone", serial=serial)
+        self._tell_supervisor(what="gone", serial=serial)
 
     # ---- the supervisor ----
 
+    def _begin_with(self, supervisor: socket.socket) -> None:
+        self._supervisor = supervisor
+        self._to_supervisor = channel.Outbox(self._loop, supervisor, self._hear_supervisor)
+
+    def _tell_supervisor(self, descriptors: tuple[int, ...] = (), **message: Any) -> None:
+        """What a successor of this daemon will need.  Without a supervisor: the next one hears all."""
+        if self._to_supervisor is not None:
+            self._to_supervisor.tell(descriptors, **message)
+
+    def _tell_endpoint(self, endpoint: Endpoint) -> None:
+        self._tell_supervisor(
+            (endpoint.attach, endpoint.pidfd),
+            what="endpoint", serial=endpoint.serial, index=endpoint.index, pid=endpoint.pid,
+        )  # fmt: skip
+
     def _hear_supervisor(self) -> None:
-        """A wire has changed; or it was killed, then traffic and attaching go on, and `down` still works."""
+        """A wire has changed, or a node has lost its power; or the supervisor was killed."""
+        assert self._supervisor is not None
+        assert self._to_supervisor is not None
         try:
             received = channel.receive(self._supervisor)
         except BlockingIOError:
             return
-        if received is not None:
+        if received is None:
+            self._to_supervisor.close()
+            self._supervisor = self._to_supervisor = None
+            log(WARNING, f"{self._name}: the supervisor is gone; traffic and attaching go on")
+            self._seek_supervisor()
+        elif received[0].get("what") == "power":
+            self._tell_losses()
+        else:
             self._tell_wires()
+
+    def _seek_supervisor(self) -> None:
+        """Joins the next supervisor.  The first daemon to notice that there is none starts it."""
+        if self._supervisor is not None or self._place.ending.exists():
             return
-        self._loop.unwatch(self._supervisor.fileno())
-        log(f"{names.node_name(self._node)}: the supervisor is gone; nobody restarts this daemon now")
+        try:
+            lock = os.open(self._place.supervision, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._start_supervisor(lock)
+            except BlockingIOError:  # there is one: another daemon was faster
+                self._join_supervisor()
+            finally:
+                os.close(lock)
+        except OSError as error:
+            log(WARNING, f"{self._name}: no supervisor yet: {error}")
+        if self._supervisor is None:
+            self._loop.call_later(self._seek_pause_s, self._seek_supervisor)
+            self._seek_pause_s = min(2 * self._seek_pause_s, _SEEK_LAST_S)
+
+    def _start_supervisor(self, lock: int) -> None:
+        output = open_log(self._place.logs / "supervisor.log")
+        # Above what they are to become: 0 to 4.
+        given = (output, self._name_lock, lock)
+        passed = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 10) for number in given]
+        try:
+            pid = os.posix_spawn(
+                sys.executable,
+                [
+                    *(sys.executable, "-P", "-m", "vmmc_emu.nodes.supervisor", self._place.cluster),
+                    *(str(self._nodes), str(self._place.runtime), "0", "succeed"),
+                ],
+                os.environ,
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    *((os.POSIX_SPAWN_DUP2, passed[0], number) for number in (1, 2)),
+                    (os.POSIX_SPAWN_DUP2, passed[1], 3),
+                    (os.POSIX_SPAWN_DUP2, passed[2], 4),
+                ],
+                setsid=True,
+                setsigmask=(),
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT),
+            )
+        finally:
+            for number in (output, *passed):
+                os.close(number)
+        self._children.add(pid)
+        log(INFO, f"{self._name} has started supervisor {pid}")
+
+    def _join_supervisor(self) -> None:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.setblocking(False)
+        try:
+            connection.connect(os.fspath(self._place.control))
+        except OSError:
+            connection.close()  # it does not listen yet
+            return
+        store = self._store
+        self._begin_with(connection)
+        self._seek_pause_s = _SEEK_FIRST_S
+        self._tell_supervisor(
+            (store.listener, store.control, store.nic_control),
+            what="daemon", node=self._node, nic_pid=store.nic_pid, last_serial=store.last_serial,
+            boot=store.boot,
+        )  # fmt: skip
+        for endpoint in store.endpoints.values():
+            self._tell_endpoint(endpoint)
+            for number, waker in endpoint.wakers.items():
+                self._tell_supervisor((waker,), what="waker", serial=endpoint.serial, number=number)
+            for told, what in ((endpoint.replied, "replied"), (endpoint.ending, "ending")):
+                if told:
+                    self._tell_supervisor(what=what, serial=endpoint.serial)
+        if self._nic_ready:
+            self._tell_supervisor(what="ready")
 
 
 def peer_pidfd(connection: socket.socket, pid: int) -> int:
@@ -517,6 +633,15 @@ def peer_pidfd(connection: socket.socket, pid: int) -> int:
         if error.errno not in {errno.ENOPROTOOPT, errno.EINVAL}:
             raise
     return os.pidfd_open(pid)
+
+
+def open_log(path: Path) -> int:
+    """A descriptor of a log file; of /dev/null when there is no room for one."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        log(WARNING, f"{path.name} cannot be written: {error.strerror}")
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def describe_exit(code: int) -> str:
@@ -533,6 +658,7 @@ def become_daemon(
     nodes: int,
     store: Store,
     supervisor: socket.socket,
+    name_lock: int,
     protocol: Protocol,
     sizes: dict[str, int],
 ) -> None:
@@ -541,15 +667,14 @@ def become_daemon(
     status = 1
     try:
         set_title(f"vmmc-emu: {place.cluster} {name} daemon", f"{name} daemon")
-        path: Path = place.logs / f"{name}.daemon.log"
-        output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        output = open_log(place.logs / f"{name}.daemon.log")
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        Daemon(place, nodes, store, supervisor, protocol, sizes).run()
+        Daemon(place, nodes, store, supervisor, name_lock, protocol, sizes).run()
         status = 0
     except BaseException as error:  # the boundary of the process: whatever it is must be told
-        log(f"{name} daemon fails: {type(error).__name__}: {error}")
+        log(ERROR, f"{name} daemon fails: {type(error).__name__}: {error}")
         channel.send(supervisor, what="failed", why=f"the daemon of {name}: {error}")
         if not isinstance(error, (OSError, posix_ipc.Error)):
             sys.excepthook(type(error), error, error.__traceback__)

@@ -58,6 +58,7 @@ class Protocol:
         self.CONTROL_GONE = constants["VMMC_CONTROL_GONE"]
         self.CONTROL_READY = constants["VMMC_CONTROL_READY"]
         self.CONTROL_EXPELLED = constants["VMMC_CONTROL_EXPELLED"]
+        self.CONTROL_LOST = constants["VMMC_CONTROL_LOST"]
         self.CONTROL_WIRE = constants["VMMC_CONTROL_WIRE"]
         text = native_file("include/vmmc_layout.h").read_text(encoding="utf-8")
         defines = dict(re.findall(r"#define (VMMC_\w+) (0x[0-9a-fA-F]+|\d+)u?\b", text))

@@ -1,17 +1,22 @@
 """The supervisor of a cluster: the warmed parent that forks a daemon a node, and forks it again when it dies.
 
-    python -m vmmc_emu.nodes.supervisor CLUSTER NODES RUNTIME OWNER
+    python -m vmmc_emu.nodes.supervisor CLUSTER NODES RUNTIME OWNER [succeed]
 
 It holds what must outlive a daemon (the attach sockets, wake descriptors and both ends of the socket
-pair with the NIC), starts detached programs, and takes the cluster down when it is told to (SIGTERM) or
-when its owner, the process of that pid, is gone (0: nobody owns it).
+pair with the NIC), starts detached programs, takes power from nodes and gives it back, and takes the cluster
+down when it is told to (SIGTERM) or when its owner, the process of that pid, is gone (0: nobody owns it).
 
 Standard output is a pipe to whoever asked for the cluster; it hears one answer (see lifecycle.answer).
+
+When it is killed, the first daemon to notice starts its successor (`succeed`), with the lock of the
+cluster's name as descriptor 3 and that of supervision as 4.  Every daemon then joins and hands over copies
+of what it has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -21,36 +26,51 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vmmc_emu.nodes import channel
-from vmmc_emu.nodes.channel import Endpoint, Store
-from vmmc_emu.nodes.daemon import become_daemon, describe_exit, log
+from vmmc_emu.nodes import channel, journal
+from vmmc_emu.nodes.channel import Endpoint, Outbox, Store
+from vmmc_emu.nodes.daemon import become_daemon, describe_exit, open_log
+from vmmc_emu.nodes.journal import ERROR, INFO, WARNING, log
 from vmmc_emu.nodes.messages import Protocol, become_subreaper, segment_sizes
 from vmmc_emu.nodes.title import set_title
 
-from vmmc_emu import lifecycle, names, paths, processes, wires
+from vmmc_emu import lifecycle, names, paths, power, processes, wires
 from vmmc_emu.errors import ClusterError
 from vmmc_emu.loop import Loop
+from vmmc_emu.power import Power
 from vmmc_emu.wires import Change, Wire
 
 _START_TIMEOUT_S = 60.0
 _DAEMON_YOUNG_S = 1.0
 _DAEMON_BACKOFF_S = (0.05, 0.2, 1.0, 5.0)
 
+# More endpoints than a daemon can have attached of which no supervisor was told.
+_SERIALS_UNKNOWN = 1 << 20
+
 
 @dataclass
 class Node:
     """What the supervisor knows of one node."""
 
-    store: Store
+    index: int
+    store: Store | None = None  # None: it is off, or its daemon has yet to tell a new supervisor
     daemon_pid: int = 0
     channel: socket.socket | None = None
+    outbox: Outbox | None = None  # of that channel
     ready: bool = False
     started: float = 0.0
     failures: int = 0  # daemons that died young, in a row
+    off: bool = False
+    waiting: list[socket.socket] = field(default_factory=list)  # who asked for its start
+
+    @property
+    def name(self) -> str:
+        """node3"""
+        return names.node_name(self.index)
 
 
 class Supervisor:
@@ -61,8 +81,9 @@ class Supervisor:
         self._lock = lock  # daemons hold it too, so that the name stays taken while one of them lives
         self._protocol = Protocol()
         self._sizes = segment_sizes()
-        self._loop = Loop()
-        self._nodes: list[Node] = []
+        self._loop = Loop(self._failed)
+        journal.begin(self._loop.call_later)
+        self._nodes = [Node(index) for index in range(nodes)]
         self._by_pid: dict[int, Node] = {}
         self._programs: dict[int, tuple[subprocess.Popen[bytes], int]] = {}  # detached: by pid, with the node
         self._failure: str | None = None
@@ -73,51 +94,100 @@ class Supervisor:
 
     def run(self) -> str | None:
         """Starts everything and serves until told to end.  Returns why it could not start, or None."""
-        self._loop.on_signal(signal.SIGTERM, self._loop.stop)
-        self._loop.on_signal(signal.SIGCHLD, self._reap)
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        self._prepare()
+        if self._owner and os.getppid() != self._owner:  # it ended before we looked
+            raise ClusterError("the process that asked for the cluster is gone")
+        self._owner_start = processes.start_of(self._owner) if self._owner else None
         self._watch_owner()
-        control = self._listen(self._place.control)
-        os.set_blocking(control, False)
-        for node in range(self._count):
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            listener = self._listen(self._place.socket(node))
-            self._nodes.append(Node(Store(node, listener, ours.detach(), theirs.detach())))
+        for node in self._nodes:
+            node.store = self._new_store(node.index, Power())
         # From here on, what the children share with us is not looked at by their garbage collectors.
         gc.collect()
         gc.freeze()
-        for each in self._nodes:
-            self._fork_daemon(each)
-        self._loop.watch(control, lambda: self._accept_control(control))
+        for node in self._nodes:
+            self._fork_daemon(node)
+        self._listen_control()
         self._loop.call_later(_START_TIMEOUT_S, self._check_started)
         self._loop.run()
         return self._failure
 
-    def _listen(self, path: Path) -> int:
+    def succeed(self) -> None:
+        """Goes on where a supervisor was killed, until told to end."""
+        self._prepare()
+        self._up = True
+        description = lifecycle.describe(self._place)
+        self._owner, self._owner_start = description.owner or 0, description.owner_start
+        self._watch_owner()
+        gc.collect()
+        gc.freeze()
+        daemons = {each.node: each for each in processes.recorded(self._place, processes.DAEMON)}
+        for node in self._nodes:
+            node.off = not power.read(self._place, node.index).on
+            if node.off:
+                continue
+            known = daemons.get(node.index)
+            pidfd = processes.open_pidfd(known) if known else None
+            if known is None or pidfd is None:
+                self._lost(node)
+                continue
+            node.daemon_pid = known.pid
+            self._watch_adopted(node, pidfd)
+        self._listen_control()
+        log(WARNING, f"supervisor {os.getpid()} takes over from one that was killed")
+        processes.note_restart(self._place, "supervisor", 0, "was killed")
+        self._loop.run()
+
+    def _failed(self, error: Exception) -> None:
+        """Something went wrong that nobody thought of: it concerns one event, the others go on."""
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        log(ERROR, f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})")
+        if not self._up:
+            self._fail(str(error))
+
+    def _prepare(self) -> None:
+        self._loop.on_signal(signal.SIGTERM, self._loop.stop)
+        self._loop.on_signal(signal.SIGCHLD, self._reap)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _new_store(self, node: int, given: Power) -> Store:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener = self._listen(self._place.socket(node))
+        return Store(
+            node, listener.detach(), ours.detach(), theirs.detach(),
+            last_serial=given.last_serial, boot=given.boot,
+        )  # fmt: skip
+
+    def _listen(self, path: Path) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path.unlink(missing_ok=True)
         listener.bind(os.fspath(path))
         os.chmod(path, 0o600)
         listener.listen(1024)
-        return listener.detach()
+        return listener
+
+    def _listen_control(self) -> None:
+        listener = self._listen(self._place.control)
+        listener.setblocking(False)
+        self._loop.watch(listener.fileno(), lambda: self._accept_control(listener))
 
     def _watch_owner(self) -> None:
         if not self._owner:
             return
-        descriptor = os.pidfd_open(self._owner)
-        if os.getppid() != self._owner:  # it ended before we looked: the number may be another's
-            raise ClusterError("the process that asked for the cluster is gone")
-        self._loop.watch(descriptor, self._owner_ended)
-        self._owner_pidfd = descriptor
+        owner = processes.Process(self._owner, self._owner_start or 0, "owner")
+        descriptor = processes.open_pidfd(owner)
+        if descriptor is None:
+            self._owner_ended()
+        else:
+            self._loop.watch(descriptor, self._owner_ended)
 
     def _owner_ended(self) -> None:
-        self._loop.unwatch(self._owner_pidfd)
-        log(f"process {self._owner}, which this cluster belongs to, has ended: so does the cluster")
+        log(INFO, f"process {self._owner}, which this cluster belongs to, has ended: so does the cluster")
         self._loop.stop()
 
     def _check_started(self) -> None:
         if not self._up:
-            waiting = [names.node_name(node.store.node) for node in self._nodes if not node.ready]
+            waiting = [node.name for node in self._nodes if not node.ready]
             shown = ", ".join(waiting[:5])
             self._fail(f"not ready after {_START_TIMEOUT_S:.0f} s: {shown}; the machine may be overloaded")
 
@@ -128,12 +198,16 @@ class Supervisor:
 
     def _node_ready(self, node: Node) -> None:
         node.ready = True
+        for connection in node.waiting:
+            channel.send(connection, node=node.index)
+        node.waiting.clear()
         if self._up or not all(each.ready for each in self._nodes):
             return
         self._up = True
         description = lifecycle.Description(
-            self._place.cluster, self._count, time.time(), processes.boot_id(), self._owner or None
-        )
+            self._place.cluster, self._count, time.time(), processes.boot_id(),
+            self._owner or None, self._owner_start,
+        )  # fmt: skip
         draft = self._place.description.with_suffix(".draft")
         draft.write_text(description.as_json(), encoding="utf-8")
         draft.rename(self._place.description)
@@ -142,53 +216,73 @@ class Supervisor:
         except BrokenPipeError:
             self._loop.stop()  # whoever asked was interrupted: undo it
             return
-        output = os.open(
-            self._place.logs / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
+        output = open_log(self._place.logs / "supervisor.log")
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
         log(
+            INFO,
             f"cluster '{self._place.cluster}' is up: {self._count} nodes"
-            f" in {time.monotonic() - self._began:.3f} s"
+            f" in {time.monotonic() - self._began:.3f} s",
         )
 
     # ---- daemons ----
 
     def _fork_daemon(self, node: Node) -> None:
+        if node.off or node.store is None:
+            return  # killed since its successor was planned
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         node.started = time.monotonic()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            log(ERROR, f"{node.name} cannot have a daemon: {error.strerror}; another try follows")
+            ours.close()
+            theirs.close()
+            self._loop.call_later(_DAEMON_BACKOFF_S[-1], lambda: self._fork_daemon(node))
+            return
         if not pid:
             signal.set_wakeup_fd(-1)
             # Everything of other nodes is closed by number; the objects are never freed (os._exit).
             keep = sorted({0, 1, 2, self._lock, theirs.fileno(), *node.store.descriptors()})
             for low, high in zip(keep, [*keep[1:], 1 << 30], strict=True):
                 os.closerange(low + 1, high)
-            become_daemon(self._place, self._count, node.store, theirs, self._protocol, self._sizes)
+            become_daemon(
+                self._place, self._count, node.store, theirs, self._lock, self._protocol, self._sizes
+            )
         theirs.close()
-        ours.setblocking(False)
-        node.daemon_pid, node.channel = pid, ours
+        node.daemon_pid = pid
         self._by_pid[pid] = node
-        name = names.node_name(node.store.node)
-        processes.record(self._place, pid, processes.DAEMON, node.store.node, f"daemon of {name}")
-        self._loop.watch(ours.fileno(), lambda: self._take_message(node))
+        self._join(node, ours)
+        self._record_daemon(node, pid)
+
+    def _record_daemon(self, node: Node, pid: int) -> processes.Process | None:
+        return processes.record(
+            self._place, pid, processes.DAEMON, node.index, f"daemon of {node.name}"
+        )
+
+    def _join(self, node: Node, connection: socket.socket) -> None:
+        node.channel = connection
+        node.outbox = Outbox(self._loop, connection, lambda: self._take_message(node))
+
+    def _part(self, node: Node) -> None:
+        if node.outbox is not None:
+            node.outbox.close()
+        node.channel = node.outbox = None
 
     def _take_message(self, node: Node) -> None:
         self._hear_daemon(node)
 
     def _hear_daemon(self, node: Node) -> bool:
         """Takes one message; False: there is none."""
-        if node.channel is None:
+        if node.channel is None or node.store is None:
             return False
         try:
             received = channel.receive(node.channel)
         except BlockingIOError:
             return False
         if received is None:
-            self._loop.unwatch(node.channel.fileno())
-            node.channel.close()
-            node.channel = None
+            self._part(node)
             return False
         message, descriptors = received
         endpoints = node.store.endpoints
@@ -204,7 +298,7 @@ class Supervisor:
                 endpoints[serial] = Endpoint(
                     serial, message["index"], message["pid"], descriptors[0], descriptors[1]
                 )
-                node.store.last_serial = serial
+                node.store.last_serial = max(serial, node.store.last_serial)
             case "waker":
                 endpoint = endpoints[message["serial"]]
                 if message["number"] in endpoint.wakers:
@@ -221,12 +315,15 @@ class Supervisor:
     def _daemon_ended(self, node: Node, how: str) -> None:
         while self._hear_daemon(node):  # its last words count: the successor starts from them
             pass
-        if node.channel is not None:
-            self._loop.unwatch(node.channel.fileno())
-            node.channel.close()
-            node.channel = None
+        self._part(node)
         if not self._up:
-            self._fail(f"the daemon of {names.node_name(node.store.node)} {how}")
+            self._fail(f"the daemon of {node.name} {how}")
+            return
+        if node.off:
+            return
+        processes.note_restart(self._place, f"{node.name}.daemon", node.daemon_pid, how)
+        if node.store is None:
+            self._lost(node)
             return
         young = time.monotonic() - node.started < _DAEMON_YOUNG_S
         node.failures = node.failures + 1 if young else 0
@@ -234,13 +331,112 @@ class Supervisor:
             _DAEMON_BACKOFF_S[min(node.failures - 1, len(_DAEMON_BACKOFF_S) - 1)] if node.failures else 0.0
         )
         log(
-            f"{names.node_name(node.store.node)} daemon {node.daemon_pid} {how};"
-            f" a successor starts {f'in {delay} s' if delay else 'now'}"
+            WARNING,
+            f"{node.name} daemon {node.daemon_pid} {how};"
+            f" a successor starts {f'in {delay} s' if delay else 'now'}",
         )
         if delay:
             self._loop.call_later(delay, lambda: self._fork_daemon(node))
         else:
             self._fork_daemon(node)
+
+    def _lost(self, node: Node) -> None:
+        """Its daemon died while there was no supervisor: nobody has what a successor would need."""
+        node.store = None
+        log(
+            ERROR,
+            f"{node.name} has lost its daemon and the supervisor at the same time: its programs go on, no"
+            f" other can attach; `vmmc-emu node kill {node.index}` and `node start {node.index}` mend it",
+        )
+
+    def _watch_adopted(self, node: Node, pidfd: int) -> None:
+        """A daemon that is no child of ours: only its end can be learnt, and not how."""
+
+        def ended() -> None:
+            self._loop.unwatch(pidfd)
+            os.close(pidfd)
+            self._daemon_ended(node, "was killed")
+
+        self._loop.watch(pidfd, ended)
+
+    def _adopt(self, connection: socket.socket, message: dict[str, Any], descriptors: list[int]) -> None:
+        """The daemon of a supervisor that was killed joins: what follows on this connection is its store."""
+        node = self._nodes[message["node"]]
+        pid, _ = channel.peer(connection)
+        listener, control, nic_control = descriptors
+        numbers = [int(message[key]) for key in ("nic_pid", "last_serial", "boot")]
+        if node.channel is not None or node.off or node.store is not None:
+            raise ClusterError(f"{node.name} has a daemon, or is off")
+        if node.daemon_pid != pid:  # its maker was killed before it could write it down
+            daemon = self._record_daemon(node, pid)
+            pidfd = processes.open_pidfd(daemon) if daemon else None
+            if pidfd is None:
+                raise ClusterError(f"daemon {pid} of {node.name} is gone")
+            node.daemon_pid = pid
+            self._watch_adopted(node, pidfd)
+        node.store = Store(
+            node.index, listener, control, nic_control,
+            nic_pid=numbers[0], last_serial=numbers[1], boot=numbers[2],
+        )  # fmt: skip
+        node.started = time.monotonic()
+        self._join(node, connection)
+        log(INFO, f"{node.name} daemon {pid} has joined")
+
+    # ---- power ----
+
+    def _kill_node(self, node: Node) -> dict[str, Any]:
+        """Everything on it ends at once, and what it had in memory is gone.  Its peers' NICs are told."""
+        if node.off:
+            raise ClusterError(f"{node.name} is off already")
+        was = power.read(self._place, node.index)
+        last_serial = node.store.last_serial if node.store else was.last_serial + _SERIALS_UNKNOWN
+        # First: who comes after us knows that nobody is to be brought back.
+        power.write(self._place, node.index, Power(False, was.boot, last_serial))
+        node.off = True
+        mine = [each for each in processes.recorded(self._place) if each.node == node.index]
+        nic = processes.nic_of(self._place, node.index)
+        processes.kill([*mine, *([nic] if nic else [])])
+        for _ in range(5):  # a program may start another while we look
+            found = [each for each in processes.programs(self._place) if each.node == node.index]
+            if not found:
+                break
+            processes.kill(found)
+        if nic := processes.nic_of(self._place, node.index):
+            processes.kill([nic])  # started by the daemon while it was being killed
+        self._part(node)
+        if node.store is not None:
+            node.store.close()
+            node.store = None
+        self._place.socket(node.index).unlink(missing_ok=True)
+        lifecycle.remove_segments(self._place, node.index)
+        for kind in (processes.DAEMON, processes.NIC):
+            processes.forget(self._place, kind, node.index, 0)
+        node.ready = False
+        node.failures = 0
+        log(WARNING, f"{node.name} has lost its power")
+        self._tell_losses()
+        return {"node": node.index}
+
+    def _start_node(self, node: Node, connection: socket.socket) -> None:
+        """Brings it back, empty; whoever asked is answered when it is ready."""
+        if not node.off:
+            raise ClusterError(f"{node.name} is on")
+        was = power.read(self._place, node.index)
+        given = Power(True, was.boot + 1, was.last_serial)
+        power.write(self._place, node.index, given)
+        node.off = False
+        node.store = self._new_store(node.index, given)
+        node.waiting.append(connection)
+        log(INFO, f"{node.name} is started, for the {given.boot}. time")
+        self._tell_losses()
+        self._fork_daemon(node)
+
+    def _tell_losses(self) -> None:
+        for node in self._nodes:
+            if node.outbox is not None:
+                node.outbox.tell(what="power")
+
+    # ---- children ----
 
     def _reap(self) -> None:
         """Every child that has ended: daemons, detached programs, NICs whose daemon died before them."""
@@ -254,46 +450,92 @@ class Supervisor:
             pid = found.si_pid
             if pid in self._programs:
                 program, at = self._programs.pop(pid)
-                log(f"{names.node_name(at)} program {pid} {describe_exit(program.wait())}")
+                log(INFO, f"{names.node_name(at)} program {pid} {describe_exit(program.wait())}")
                 processes.forget(self._place, processes.PROGRAM, at, pid)
                 continue
             _, status = os.waitpid(pid, 0)
             if node := self._by_pid.pop(pid, None):
                 self._daemon_ended(node, describe_exit(os.waitstatus_to_exitcode(status)))
 
-    # ---- detached programs ----
+    # ---- requests ----
 
-    def _accept_control(self, control: int) -> None:
-        with contextlib.suppress(BlockingIOError), socket.socket(fileno=os.dup(control)) as listener:
-            connection, _ = listener.accept()
-            connection.setblocking(False)
-            self._loop.watch(connection.fileno(), lambda: self._hear_control(connection))
-
-    def _hear_control(self, connection: socket.socket) -> None:
+    def _accept_control(self, listener: socket.socket) -> None:
         try:
-            received = channel.receive(connection)
+            connection, _ = listener.accept()
         except BlockingIOError:
             return
-        if received is None:
-            self._loop.unwatch(connection.fileno())
+        except OSError as error:
+            log(WARNING, f"a request cannot be taken: {error.strerror}")
+            self._loop.unwatch(listener.fileno())  # it stays in the queue and would call again at once
+            self._loop.call_later(
+                0.2, lambda: self._loop.watch(listener.fileno(), lambda: self._accept_control(listener))
+            )
+            return
+        pid, uid = channel.peer(connection)
+        if uid != os.getuid():
+            log(WARNING, f"refused pid {pid} of user {uid}: it is another user's")
             connection.close()
             return
-        message, descriptors = received
+        connection.setblocking(False)
+        self._loop.watch(connection.fileno(), lambda: self._hear_control(connection))
+
+    def _hear_control(self, connection: socket.socket) -> None:
+        descriptors: list[int] = []
+        answer: dict[str, Any] | None
         try:
-            if "wires" in message:
-                answer = self._change_wires([Change.from_json(each) for each in message["wires"]])
-            else:
-                answer = self._spawn(message["node"], *descriptors)
+            received = channel.receive(connection)
+            if received is None:
+                self._drop_control(connection)
+                return
+            message, descriptors = received
+            answer = self._answer(connection, message, descriptors)
+        except BlockingIOError:
+            return
         except ClusterError as error:
             answer = {"errno": 0, "message": str(error), "filename": None}
         except OSError as error:
             answer = {"errno": error.errno, "message": error.strerror, "filename": error.filename}
-        except (KeyError, TypeError, ValueError, subprocess.SubprocessError) as error:
-            answer = {"errno": 0, "message": f"a request that is none: {error}", "filename": None}
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+        except (LookupError, TypeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+            why = f"a request that is none: {type(error).__name__}: {error}"
+            log(WARNING, f"pid {channel.peer(connection)[0]} sent {why}")
+            answer = {"errno": 0, "message": why, "filename": None}
+        if answer is None:
+            return  # answered later, or no request any more
+        for descriptor in descriptors:
+            os.close(descriptor)
         channel.send(connection, **answer)
+
+    def _drop_control(self, connection: socket.socket) -> None:
+        for node in self._nodes:
+            node.waiting = [each for each in node.waiting if each is not connection]
+        self._loop.unwatch(connection.fileno())
+        connection.close()
+
+    def _answer(
+        self, connection: socket.socket, message: dict[str, Any], descriptors: list[int]
+    ) -> dict[str, Any] | None:
+        if "wires" in message:
+            return self._change_wires([Change.from_json(each) for each in message["wires"]])
+        node = self._node(message["node"])
+        match message.get("what", "program"):
+            case "daemon":
+                self._adopt(connection, message, descriptors)
+                return None
+            case "kill":
+                return self._kill_node(node)
+            case "start":
+                self._start_node(node, connection)
+                return None
+            case "program":
+                if node.off:
+                    raise ClusterError(lifecycle.is_off(self._place, node.index))
+                return self._spawn(node.index, *descriptors)
+        raise ValueError("it asks for nothing that there is")
+
+    def _node(self, which: object) -> Node:
+        if not isinstance(which, int) or not 0 <= which < self._count:
+            raise ClusterError(f"there is no node {which!r}: the cluster has {self._count}")
+        return self._nodes[which]
 
     # ---- wires ----
 
@@ -308,11 +550,9 @@ class Supervisor:
                 changed[receiver][sender] = Wire.checked(before, change.settings)
         wires.write(self._place, changed)
         for receiver in changed:
-            connection = self._nodes[receiver].channel
-            # One that cannot be told now is busy with being told, or will read the file when it starts.
-            if connection is not None:
-                with contextlib.suppress(BlockingIOError):
-                    channel.send(connection, what="wires")
+            outbox = self._nodes[receiver].outbox
+            if outbox is not None:  # without a daemon: the next one reads the file when it starts
+                outbox.tell(what="wires")
         return {"wires": sum(len(leading) for leading in changed.values())}
 
     def _spawn(self, node: int, description: int, standard_input: int, output: int) -> dict[str, Any]:
@@ -333,7 +573,7 @@ class Supervisor:
         self._programs[program.pid] = (program, node)
         command = " ".join(wanted["arguments"])
         processes.record(self._place, program.pid, processes.PROGRAM, node, command)
-        log(f"{names.node_name(node)} program {program.pid} started: {command[:200]}")
+        log(INFO, f"{names.node_name(node)} program {program.pid} started: {command[:200]}")
         return {"pid": program.pid}
 
 
@@ -357,19 +597,46 @@ def main(cluster: str, nodes: int, runtime: str, owner: int) -> int:
             if old.exists() or wreck.segments():
                 lifecycle.end_processes(wreck)
                 lifecycle.remove_files(wreck)
-        for directory in (place.runtime, place.processes, place.logs, place.wires):
+        directories = (place.processes, place.logs, place.wires, place.power, place.restarts)
+        for directory in (place.runtime, *directories):
             paths.make_private_directory(directory)
+        supervision = os.open(place.supervision, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(supervision, fcntl.LOCK_EX)  # held until we end, however that comes
         set_title(f"vmmc-emu: {cluster} supervisor", "vmmc supervisor")
         processes.record(place, os.getpid(), processes.SUPERVISOR, command="supervisor")
         become_subreaper()
         failure = Supervisor(place, nodes, owner, lock).run()
     except OSError as error:
         failure = str(error)
+    clean_up(place, lock)
+    return refuse(failure) if failure else 0
+
+
+def succeed(cluster: str, nodes: int, runtime: str) -> int:
+    """Runs the successor of a supervisor that was killed; see the descriptors above."""
+    lock, supervision = 3, 4
+    os.closerange(5, 1 << 30)
+    for descriptor in (lock, supervision):
+        os.set_inheritable(descriptor, False)
+    os.chdir("/")
+    os.umask(0o077)
+    place = paths.ClusterPaths(cluster, Path(runtime))
+    if place.ending.exists():
+        return 1
+    set_title(f"vmmc-emu: {cluster} supervisor", "vmmc supervisor")
+    processes.record(place, os.getpid(), processes.SUPERVISOR, command="supervisor")
+    become_subreaper()
+    Supervisor(place, nodes, 0, lock).succeed()
+    clean_up(place, lock)
+    return 0
+
+
+def clean_up(place: paths.ClusterPaths, lock: int) -> None:
+    """Ends all that runs in the cluster, removes every trace of it, and frees its name."""
     lifecycle.end_processes(place)
     lifecycle.remove_files(place)
     paths.release_lock(place, lock)
     reap()
-    return refuse(failure) if failure else 0
 
 
 def reap() -> None:
@@ -393,4 +660,6 @@ def refuse(why: str) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[5:] == ["succeed"]:
+        sys.exit(succeed(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
     sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])))

@@ -287,6 +287,19 @@ class Node:
         """The programs that run on this node."""
         return [each for each in self.cluster.programs() if each["node"] == self.name]
 
+    # ---- power ----
+
+    def kill(self) -> None:
+        """Takes its power: all its processes, programs included, end at once, and its memory is gone.
+
+        Its peers' connections to it end with errors.
+        """
+        lifecycle.power_node(self.cluster.place, self.index, on=False)
+
+    def start(self) -> None:
+        """Gives it its power back, after `kill`; it is empty, and ready when this returns."""
+        lifecycle.power_node(self.cluster.place, self.index, on=True)
+
     # ---- connections from outside ----
 
     def connect(self, port: int, timeout: float | None = 10.0) -> socket.socket:

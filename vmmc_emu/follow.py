@@ -24,8 +24,8 @@ def _watch(directory: str) -> int:
     return descriptor
 
 
-def follow(place: ClusterPaths, nodes: set[int] | None = None) -> Iterator[str]:
-    """The lines of the logs, those to come included, until the cluster is down."""
+def follow(place: ClusterPaths, nodes: set[int] | None = None, level: str = "info") -> Iterator[str]:
+    """The lines of the logs, of that level and above, those to come included, until the cluster is down."""
     descriptor = _watch(os.fspath(place.logs))
     positions: dict[Log, int] = {}
     rests: dict[Log, bytes] = {}
@@ -40,9 +40,10 @@ def follow(place: ClusterPaths, nodes: set[int] | None = None) -> Iterator[str]:
                 except FileNotFoundError:
                     continue
                 *lines, rests[log] = data.split(b"\n")
-                prefix = f"{log.node} {log.source}" if log.node else log.source
-                for line in lines:
-                    yield f"{prefix} | {line.decode('utf-8', 'replace')}"
+                for data in lines:
+                    line = data.decode("utf-8", "replace")
+                    if observe.is_wanted(log, line, level):
+                        yield f"{observe.log_prefix(log)} | {line}"
             if not place.logs.exists():
                 return
             os.read(descriptor, 65536)

@@ -13,15 +13,17 @@ import json
 import os
 import select
 import shutil
+import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmmc_emu import limits, paths, processes
+from vmmc_emu import limits, paths, power, processes
 from vmmc_emu.errors import ClusterError
-from vmmc_emu.names import check_node_count, node_address, node_address6, node_name
+from vmmc_emu.names import check_node_count, node_address, node_address6, node_name, segment_prefix
 from vmmc_emu.paths import ClusterPaths
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Description:
     started: float  # seconds since the epoch
     boot: str
     owner: int | None  # the process that the cluster ends with
+    owner_start: int | None = None  # in clock ticks, as processes.start_of says
 
     def as_json(self) -> str:
         """The text of cluster.json."""
@@ -197,6 +200,63 @@ def answer(**fields: Any) -> bytes:
     return b"{\n" + json.dumps(fields).encode()[1:-1] + b"\n}\n"
 
 
+# ---- nodes ----
+
+SUPERVISOR_TIMEOUT_S = 10.0  # in which one that was killed has a successor
+
+
+def is_off(place: ClusterPaths, node: int) -> str:
+    """Says that a node is off, and what can be done."""
+    return f"{node_name(node)} is off: start it with `{_command(place.cluster)} node start {node}`"
+
+
+def ask_supervisor(
+    place: ClusterPaths, message: dict[str, Any], descriptors: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Sends a request to a cluster's supervisor and returns its answer; ClusterError: there is none.
+
+    While a supervisor that was killed has no successor yet, it waits for that.
+    """
+    deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        while True:
+            try:
+                connection.connect(os.fspath(place.control))
+                break
+            except OSError:
+                if not paths.lock_is_held(place) or time.monotonic() > deadline:
+                    raise ClusterError(_no_supervisor(place)) from None
+                time.sleep(0.02)
+        connection.settimeout(START_TIMEOUT_S)
+        try:
+            socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
+            answer = connection.recv(65536)
+        except OSError:
+            answer = b""
+    if not answer:
+        raise ClusterError(
+            f"the supervisor of cluster '{place.cluster}' ended before it answered: whether it did what was"
+            f" asked, `{_command(place.cluster)} status` and `ps` show"
+        )
+    result: dict[str, Any] = json.loads(answer)
+    return result
+
+
+def _no_supervisor(place: ClusterPaths) -> str:
+    return (
+        f"cluster '{place.cluster}' has no supervisor that answers: programs can run in the foreground only,"
+        " until the cluster is started anew (down, up)"
+    )
+
+
+def power_node(place: ClusterPaths, node: int, *, on: bool) -> None:
+    """Takes the power from a node, or gives it back, and returns when that is done."""
+    describe_running(place)
+    answer = ask_supervisor(place, {"what": "start" if on else "kill", "node": node})
+    if "message" in answer:
+        raise ClusterError(answer["message"])
+
+
 # ---- ending ----
 
 
@@ -205,6 +265,7 @@ def stop(place: ClusterPaths, grace_s: float = processes.GRACE_S) -> bool:
     traces = (
         place.runtime.exists() or bool(place.segments()) or paths.recorded_runtime(place.cluster) is not None
     )
+    _say_ending(place)
     supervisors = processes.recorded(place, processes.SUPERVISOR)
     for supervisor in supervisors:
         # It ends programs first, which may take their grace, and then its own.
@@ -230,16 +291,42 @@ def teardown(place: ClusterPaths, grace_s: float = processes.GRACE_S) -> None:
     paths.release_lock(place, lock)
 
 
+def _say_ending(place: ClusterPaths) -> None:
+    """Lets nobody bring anybody back; without room for that, those who do are found again."""
+    with contextlib.suppress(OSError):
+        if place.runtime.exists():
+            place.ending.touch()
+
+
 def end_processes(place: ClusterPaths, grace_s: float = processes.GRACE_S) -> None:
     """Ends every process of a cluster but this one: programs first."""
+    _say_ending(place)
     for _ in range(5):  # a program that is asked to end may still start another
         found = processes.programs(place)
         if not found:
             break
         processes.end(found, grace_s)
     # Who would bring the others back goes first.
-    for kind in (processes.SUPERVISOR, processes.DAEMON, processes.NIC):
-        processes.end(processes.recorded(place, kind), grace_s)
+    for _ in range(5):
+        for kind in (processes.SUPERVISOR, processes.DAEMON, processes.NIC):
+            processes.end(processes.recorded(place, kind), grace_s)
+        # Those whose makers were killed before they could write them down.
+        processes.end(processes.lock_holders(paths.lock_path(place.cluster)), grace_s)
+        processes.end(_nics(place), grace_s)
+        left = (processes.SUPERVISOR, processes.DAEMON, processes.NIC)
+        if all(each.pid == os.getpid() for each in processes.recorded(place, *left)):
+            return
+
+
+def _nics(place: ClusterPaths) -> list[processes.Process]:
+    """The NICs of a cluster's nodes, by their locks."""
+    found = []
+    for name in place.segments():
+        node, dot, what = name.removeprefix(segment_prefix(place.cluster)).partition(".")
+        digits = node.removeprefix("node")
+        if dot and what == "state" and digits.isdigit() and (nic := processes.nic_of(place, int(digits))):
+            found.append(nic)
+    return found
 
 
 def remove_files(place: ClusterPaths) -> None:
@@ -248,9 +335,12 @@ def remove_files(place: ClusterPaths) -> None:
     shutil.rmtree(place.runtime, ignore_errors=True)
 
 
-def remove_segments(place: ClusterPaths) -> None:
-    """Unlinks what is exactly this cluster's in /dev/shm, except its lock."""
+def remove_segments(place: ClusterPaths, node: int | None = None) -> None:
+    """Unlinks what is exactly this cluster's, or one node's, in /dev/shm, except the cluster's lock."""
+    prefix = segment_prefix(place.cluster) + ("" if node is None else f"{node_name(node)}.")
     for name in place.segments():
+        if not name.startswith(prefix):
+            continue
         with contextlib.suppress(FileNotFoundError):
             os.unlink(paths.SHM / name)
 
@@ -261,6 +351,7 @@ def remove_segments(place: ClusterPaths) -> None:
 def status(place: ClusterPaths) -> dict[str, Any]:
     """The cluster as `vmmc-emu status --json` prints it."""
     description = describe(place)
+    off = {node for node, given in power.ever_off(place).items() if not given.on}
     found = processes.recorded(place, processes.SUPERVISOR, processes.DAEMON, processes.NIC)
     daemons = {process.node: process.pid for process in found if process.kind == processes.DAEMON}
     nics = {process.node: process.pid for process in found if process.kind == processes.NIC}
@@ -269,6 +360,12 @@ def status(place: ClusterPaths) -> dict[str, Any]:
     for node in range(description.nodes):
         daemon, nic = daemons.get(node), nics.get(node)
         state = "up" if daemon and nic else "no daemon" if nic else "no NIC" if daemon else "down"
+        if node in off:
+            state = "off"
+        restarts = {
+            what: processes.restarts(place, f"{node_name(node)}.{what}")
+            for what in (processes.DAEMON, processes.NIC)
+        }
         nodes.append(
             {
                 "name": node_name(node),
@@ -277,9 +374,10 @@ def status(place: ClusterPaths) -> dict[str, Any]:
                 "daemon_pid": daemon,
                 "nic_pid": nic,
                 "state": state,
+                "restarts": restarts,
             }
         )
-    states = {entry["state"] for entry in nodes}
+    states = {entry["state"] for entry in nodes} - {"off"} or {"up"}
     if supervisor is None:
         state = "down" if states == {"down"} else "unsupervised"
     else:
@@ -288,6 +386,7 @@ def status(place: ClusterPaths) -> dict[str, Any]:
         "cluster": place.cluster,
         "state": state,
         "supervisor_pid": supervisor,
+        "supervisor_restarts": processes.restarts(place, processes.SUPERVISOR),
         "uptime_s": round(max(0.0, time.time() - description.started), 1),
         "runtime": str(place.runtime),
         "nodes": nodes,

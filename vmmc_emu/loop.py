@@ -8,15 +8,21 @@ import os
 import selectors
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 
 Callback = Callable[[], None]
+
+_FAILURES_MOST, _FAILURES_S = 100, 10.0
 
 
 class Loop:
     """Calls back when a descriptor is readable or writable, a signal came or a time is reached."""
 
-    def __init__(self) -> None:
+    def __init__(self, failed: Callable[[Exception], None] | None = None) -> None:
+        """`failed` is told of what callbacks raise, and the loop goes on; None: run() raises it."""
+        self._failed = failed
+        self._failures: deque[float] = deque(maxlen=_FAILURES_MOST)
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callback]] = []
         self._sequence = itertools.count()
@@ -60,19 +66,32 @@ class Loop:
             for key, events in self._selector.select(timeout):
                 readable, writable = key.data
                 if events & selectors.EVENT_WRITE and writable:
-                    writable()
+                    self._call(writable)
                 # The same round may have forgotten it, or given its number to somebody else.
                 current = self._selector.get_map().get(key.fd)
                 if events & selectors.EVENT_READ and current is not None and current.data[0] is readable:
-                    readable()
+                    self._call(readable)
             now = time.monotonic()
             while self._timers and self._timers[0][0] <= now:
-                heapq.heappop(self._timers)[2]()
+                self._call(heapq.heappop(self._timers)[2])
+
+    def _call(self, callback: Callback) -> None:
+        if self._failed is None:
+            callback()
+            return
+        try:
+            callback()
+        except Exception as error:
+            now = time.monotonic()
+            self._failures.append(now)
+            if len(self._failures) == _FAILURES_MOST and now - self._failures[0] < _FAILURES_S:
+                raise  # it fails over and over: a successor may do better
+            self._failed(error)
 
     def _take_signals(self) -> None:
         for number in dict.fromkeys(os.read(self._signal_read, 4096)):
             if callback := self._signals.get(number):
-                callback()
+                self._call(callback)
 
 
 def _noted(_number: int, _frame: object) -> None:

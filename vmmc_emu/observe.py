@@ -178,9 +178,29 @@ def logs(place: ClusterPaths, nodes: set[int] | None = None) -> list[Log]:
     return [log for _, _, log in sorted(found, key=lambda item: (item[0], item[1], item[2].path))]
 
 
-def log_lines(log: Log) -> Iterator[str]:
-    """A log's lines, each with whose it is in front."""
-    prefix = f"{log.node} {log.source}" if log.node else log.source
-    with open(log.path, encoding="utf-8", errors="replace") as file:
+_LEVELS = ("info", "warning", "error")
+
+
+def log_prefix(log: Log) -> str:
+    """Whose lines they are."""
+    return f"{log.node} {log.source}" if log.node else log.source
+
+
+def is_wanted(log: Log, line: str, level: str) -> bool:
+    """True for lines of that level and above, and for all that have none: programs', and backtraces."""
+    if level == _LEVELS[0] or log.source not in {"supervisor", "daemon", "nic"}:
+        return True
+    words = line.split(" ", 2)
+    return len(words) < 2 or words[1] not in _LEVELS[: _LEVELS.index(level)]
+
+
+def log_lines(log: Log, level: str = "info") -> Iterator[str]:
+    """A log's lines of that level and above, each with whose it is in front."""
+    try:
+        file = open(log.path, encoding="utf-8", errors="replace")  # noqa: SIM115  closed below
+    except FileNotFoundError:
+        return  # the cluster went down while we looked
+    with file:
         for line in file:
-            yield f"{prefix} | {line.rstrip()}"
+            if is_wanted(log, line, level):
+                yield f"{log_prefix(log)} | {line.rstrip()}"

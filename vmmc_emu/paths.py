@@ -58,6 +58,26 @@ class ClusterPaths:
         """That of one node."""
         return self.wires / f"{node_name(node)}.json"
 
+    @property
+    def supervision(self) -> Path:
+        """Locked (flock) while a supervisor lives; a daemon that finds it free starts the next one."""
+        return self.runtime / "supervisor.lock"
+
+    @property
+    def ending(self) -> Path:
+        """There from when the cluster is being taken down: nobody is brought back any more."""
+        return self.runtime / "ending"
+
+    @property
+    def power(self) -> Path:
+        """One file a node that was ever off (see vmmc_emu.power)."""
+        return self.runtime / "power"
+
+    @property
+    def restarts(self) -> Path:
+        """One file for each process that ever had a successor (see vmmc_emu.processes)."""
+        return self.runtime / "restarts"
+
     def socket(self, node: int) -> Path:
         """The socket on which a node's daemon attaches programs."""
         return self.runtime / f"{node_name(node)}.sock"

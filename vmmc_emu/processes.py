@@ -9,15 +9,20 @@ is found by the environment that it inherits (VMMC_SOCKET) and by its parents.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
 import signal
+import struct
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from vmmc_emu.paths import ClusterPaths
+from vmmc_emu.names import segment_name
+from vmmc_emu.paths import SHM, ClusterPaths
 
 SUPERVISOR, DAEMON, NIC, PROGRAM = "supervisor", "daemon", "nic", "program"
 GRACE_S = 2.0  # between asking processes to end and forcing them
@@ -83,16 +88,29 @@ def _record_name(kind: str, node: int | None, pid: int) -> str:
 def record(
     paths: ClusterPaths, pid: int, kind: str, node: int | None = None, command: str = ""
 ) -> Process | None:
-    """Writes down that `pid` belongs to the cluster.  None: it is gone already."""
+    """Writes down that `pid` belongs to the cluster.  None: it is gone already, or there is no room.
+
+    What could not be written down is found at the end by its locks (`lock_holders`, `nic_of`).
+    """
     start = start_of(pid)
     if start is None:
         return None
     process = Process(pid, start, kind, node, command)
     path = paths.processes / _record_name(kind, node, pid)
+    return process if _write(path, asdict(process)) else None
+
+
+def _write(path: Path, content: Any) -> bool:
+    """Replaces a file by JSON, so that readers see all of it or what was there; False: no room."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(asdict(process)), encoding="utf-8")
-    draft.rename(path)  # readers see a whole record or none
-    return process
+    try:
+        draft.write_text(json.dumps(content), encoding="utf-8")
+        draft.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        return False
+    return True
 
 
 def forget(paths: ClusterPaths, kind: str, node: int | None, pid: int) -> None:
@@ -174,6 +192,73 @@ def command_of(pid: int) -> str:
         return ""
 
 
+# ---- found by what they hold ----
+
+
+def lock_holders(path: Path) -> list[Process]:
+    """Processes of ours, but this one, that hold a lock of this file through an open file description."""
+    found = []
+    try:
+        wanted = os.stat(path)
+    except FileNotFoundError:
+        return []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            for descriptor in os.listdir(f"/proc/{entry}/fd"):
+                held = f"/proc/{entry}/fd/{descriptor}"
+                if os.readlink(held) != os.fspath(path) or not os.path.samestat(os.stat(held), wanted):
+                    continue
+                with open(f"/proc/{entry}/fdinfo/{descriptor}", encoding="ascii") as file:
+                    holds = "OFDLCK" in file.read()  # others may have it open to ask whether it is held
+                if holds and (start := start_of(int(entry))) is not None:
+                    found.append(Process(int(entry), start, DAEMON))
+                    break
+    return found
+
+
+_FLOCK = "hhqqi4x"  # struct flock
+
+
+def nic_of(paths: ClusterPaths, node: int) -> Process | None:
+    """The process that serves a node as its NIC, recorded or not: it holds a lock of the node's state."""
+    name = SHM / segment_name(paths.cluster, node, "state").removeprefix("/")
+    try:
+        descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+    finally:
+        os.close(descriptor)
+    start = start_of(pid) if kind != fcntl.F_UNLCK and pid > 0 else None
+    return None if start is None else Process(pid, start, NIC, node)
+
+
+# ---- successors ----
+
+_REMEMBERED = 10
+
+
+def note_restart(paths: ClusterPaths, what: str, pid: int, how: str) -> None:
+    """Writes down, for `status`, that a process (node3.nic, node3.daemon, supervisor) gets a successor."""
+    path = paths.restarts / f"{what}.json"
+    known = restarts(paths, what)
+    recent = [{"pid": pid, "how": how, "when": time.time()}, *known["recent"]]
+    _write(path, {"count": known["count"] + 1, "recent": recent[:_REMEMBERED]})
+
+
+def restarts(paths: ClusterPaths, what: str) -> dict[str, Any]:
+    """How often a process was replaced (`count`), and the last times (`recent`): pid, how, when."""
+    try:
+        found = json.loads((paths.restarts / f"{what}.json").read_text(encoding="utf-8"))
+        return {"count": int(found["count"]), "recent": list(found["recent"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"count": 0, "recent": []}
+
+
 # ---- ending ----
 
 
@@ -196,6 +281,21 @@ def end(processes: Iterable[Process], grace_s: float = GRACE_S) -> list[Process]
     for descriptor in waiting:  # in uninterruptible sleep, perhaps: nothing more can be done from here
         os.close(descriptor)
     return forced
+
+
+def kill(processes: Iterable[Process]) -> None:
+    """Ends processes by SIGKILL, as a loss of power does, and returns when they are gone."""
+    waiting: dict[int, Process] = {}
+    for process in processes:
+        if process.pid != os.getpid() and (descriptor := open_pidfd(process)) is not None:
+            waiting[descriptor] = process
+            _send(descriptor, signal.SIGKILL)
+    poll = select.poll()
+    for descriptor in waiting:
+        poll.register(descriptor, select.POLLIN)
+    _wait_for_exits(poll, waiting, 10.0)
+    for descriptor in waiting:
+        os.close(descriptor)
 
 
 def _send(descriptor: int, number: signal.Signals) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vmmc_emu import binaries, paths, processes
+from vmmc_emu import binaries, lifecycle, paths, power, processes
 from vmmc_emu.errors import ClusterError
 from vmmc_emu.loop import Loop
 from vmmc_emu.names import node_name
@@ -38,6 +38,8 @@ def environment(
     diagnose: bool = False,
 ) -> dict[str, str]:
     """The environment of a program on a node: `base`, ours if None, with its place in the cluster."""
+    if not power.read(place, node).on:
+        raise ClusterError(lifecycle.is_off(place, node))
     found = dict(os.environ if base is None else base)
     found["VMMC_CLUSTER"] = place.cluster
     found["VMMC_NODE"] = node_name(node)
@@ -377,7 +379,7 @@ def detach_with(program: Program, output: int, standard_input: int | None = None
     try:
         data = json.dumps(wanted).encode("utf-8", "surrogateescape")
         os.pwrite(description, data, 0)
-        answer = _ask_supervisor(
+        answer = lifecycle.ask_supervisor(
             program.place,
             {"node": program.node},
             [description, nothing if standard_input is None else standard_input, output],
@@ -387,27 +389,12 @@ def detach_with(program: Program, output: int, standard_input: int | None = None
         os.close(nothing)
     if "pid" in answer:
         return int(answer["pid"])
+    if not answer["errno"]:
+        raise ClusterError(answer["message"])
     _raise_not_started(program, OSError(answer["errno"], answer["message"]))
 
 
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
-
-
-def _ask_supervisor(place: ClusterPaths, message: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        try:
-            connection.connect(os.fspath(place.control))
-            socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
-            answer = connection.recv(65536)
-        except OSError:
-            answer = b""
-    if not answer:
-        raise ClusterError(
-            f"the supervisor of cluster '{place.cluster}' does not answer: programs can run in the"
-            " foreground only, until the cluster is started anew (down, up)"
-        )
-    result: dict[str, Any] = json.loads(answer)
-    return result
 
 
 # ---- ports that the host can reach ----

@@ -63,7 +63,7 @@ _MEANINGS = {
     errno.EEXIST: "the node has an export of that name already",
     errno.EBUSY: "it is in use",
     errno.EAGAIN: "too many transfers are under way: wait for some",
-    errno.EHOSTUNREACH: "the cluster has no such node",
+    errno.EHOSTUNREACH: "the cluster has no such node, or it is off",
     errno.ECONNRESET: "the buffer was unexported, or the endpoint has ended",
     errno.ECONNREFUSED: "the node's daemon does not answer: is the cluster up? (vmmc-emu status)",
     errno.ENOTCONN: "this program does not run on a node: name one, or start it with vmmc-emu run",

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vmmc_emu import lifecycle
 from vmmc_emu.errors import ClusterError
 from vmmc_emu.names import node_name
 from vmmc_emu.paths import ClusterPaths
@@ -145,19 +144,7 @@ class Change:
 
 def change(place: ClusterPaths, changes: Sequence[Change]) -> None:
     """Changes wires of a running cluster: all of it or, with ClusterError or OSError, none."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        try:
-            connection.connect(os.fspath(place.control))
-            connection.send(json.dumps({"wires": [each.as_json() for each in changes]}).encode())
-            answer = connection.recv(65536)
-        except OSError:
-            answer = b""
-    if not answer:
-        raise ClusterError(
-            f"the supervisor of cluster '{place.cluster}' does not answer: wires stay as they are until the"
-            " cluster is started anew (down, up)"
-        )
-    said = json.loads(answer)
+    said = lifecycle.ask_supervisor(place, {"wires": [each.as_json() for each in changes]})
     if "errno" in said:
         raise OSError(said["errno"], said["message"]) if said["errno"] else ClusterError(said["message"])
 

@@ -187,7 +187,11 @@ void command_retell(struct endpoint *e, uint32_t node) {
   struct link *link = NULL;
   for (uint32_t i = 0; i < VMMC_COMMANDS; i++) {
     struct own_command *own = &e->own->command[i];
-    if (own->state == COMMAND_NONE || command_node(own) != node || !(link = link_to(node))) continue;
+    if (own->state == COMMAND_NONE || command_node(own) != node) continue;
+    if (!(link = link_to(node))) { /* it is off */
+      command_complete(e, own->command.index, errno, 0, 0, 0);
+      continue;
+    }
     own->state = COMMAND_WAITS;
     if (own->command.op == VMMC_OP_SEND) own->moved = 0;
     link_enqueue(link, &e->command[i].work);

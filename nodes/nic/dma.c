@@ -35,7 +35,7 @@ static struct endpoint *owner_of(const char *address) {
 
 static void on_fault(int signal_number, siginfo_t *info, void *context) {
   (void)context;
-  if (copying) siglongjmp(fault, 1);
+  if (copying && info->si_code > 0) siglongjmp(fault, 1); /* from the kernel, and not from somebody's kill() */
   struct endpoint *e = owner_of(info->si_addr);
   int saved = errno;
   if (e && !e->wrong &&
@@ -47,6 +47,7 @@ static void on_fault(int signal_number, siginfo_t *info, void *context) {
   }
   /* Memory of the NIC's own: die of it, as without a handler.  A successor leaves out what is too short. */
   signal(signal_number, SIG_DFL);
+  crash_report(signal_number, info->si_addr);
   raise(signal_number);
 }
 

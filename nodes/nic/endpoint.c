@@ -146,6 +146,7 @@ void endpoints_recover(void) {
   }
   /* All of them before any goes on: whose ports are taken is known then. */
   ports_recover();
+  links_lost_meanwhile();
   for (uint32_t i = 0; i < nic.live_count; i++) resume(nic.endpoint[nic.live[i]]);
 }
 

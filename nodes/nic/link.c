@@ -33,6 +33,11 @@ struct link *link_to(uint32_t node) {
   link->node = node;
   link->door = segment_map(node, "door", sizeof *link->door, true, NULL);
   link->pub = link->door ? segment_map(node, "pub", sizeof *link->pub, false, NULL) : NULL;
+  if (link->pub && link->pub->magic != VMMC_MAGIC) { /* its NIC has yet to begin */
+    munmap((void *)link->pub, sizeof *link->pub);
+    link->pub = NULL;
+    errno = ENOENT;
+  }
   link->out = link->pub ? segment_make(nic.node, what, sizeof *link->out) : NULL;
   /* Room for the peer's queue as well: an answer must not fail for want of memory, who asks can be told. */
   char back[32];
@@ -40,7 +45,10 @@ struct link *link_to(uint32_t node) {
   struct link_queue *in = link->out ? segment_make(node, back, sizeof *in) : NULL;
   if (!in) {
     int error = errno == ENOENT ? EHOSTUNREACH : errno;
-    log_event("error", "no link to node%u: %s", node, strerror(errno));
+    if (errno == ENOENT)
+      log_event("warning", "no link to node%u: it is off", node);
+    else
+      log_event("error", "no link to node%u: %s", node, strerror(errno));
     if (link->door) munmap(link->door, sizeof *link->door);
     if (link->pub) munmap((void *)link->pub, sizeof *link->pub);
     if (link->out) munmap(link->out, sizeof *link->out);
@@ -51,6 +59,7 @@ struct link *link_to(uint32_t node) {
   munmap(in, sizeof *in); /* the peer's to write; link_opened maps it to read */
   if (link->out->header.magic != VMMC_MAGIC) {
     link->out->header.version = VMMC_LAYOUT_VERSION;
+    link->out->header.peer_boot = link->pub->boot;
     atomic_store_explicit(&link->out->want_room, UINT64_MAX, memory_order_relaxed);
     link->out->header.magic = VMMC_MAGIC;
   }
@@ -75,7 +84,11 @@ bool link_opened(struct link *link) {
   char what[32];
   snprintf(what, sizeof what, "link.node%u", nic.node);
   const struct link_queue *in = segment_map(link->node, what, sizeof *in, false, NULL);
-  if (in && in->header.magic == VMMC_MAGIC) link->in = in;
+  /* A queue of another boot was made for what this node was before it lost its power: its maker will be told. */
+  if (in && in->header.magic == VMMC_MAGIC && in->header.peer_boot == nic.boot)
+    link->in = in;
+  else if (in)
+    munmap((void *)in, sizeof *in);
   return link->in != NULL;
 }
 
@@ -399,5 +412,80 @@ void links_recover(void) {
     link_look_again(link);
     link->unrung = true;
     link_activate(link);
+  }
+}
+
+/* ---- nodes that lose their power ---- */
+
+static void link_end(struct link *link) {
+  for (struct work *w = link->first; w; w = w->next) w->queued = false;
+  link_drop_answers(link);
+  if (link->retransmit) retransmit_end(link);
+  for (struct link **at = &nic.busy_links; *at; at = &(*at)->next_busy) {
+    if (*at != link) continue;
+    *at = link->next_busy;
+    break;
+  }
+  munmap(link->door, sizeof *link->door);
+  munmap((void *)link->pub, sizeof *link->pub);
+  if (link->in) munmap((void *)link->in, sizeof *link->in);
+  munmap(link->out, sizeof *link->out);
+  nic.link[link->node] = NULL;
+  free(link->busy);
+  free(link);
+}
+
+void link_lost(uint32_t node, uint32_t boot) {
+  char what[32];
+  if (node >= nic.nodes || node == nic.node) return;
+  struct link *link = nic.link[node];
+  if (boot <= nic.lost[node]) return;
+  nic.lost[node] = boot;
+  if (link && link->out->header.peer_boot > boot) return; /* found out by itself, and it is on again */
+  log_event("warning", "node%u has lost its power: what there was with it ends", node);
+  for (uint32_t i = 0; i < nic.live_count; i++) {
+    struct endpoint *e = nic.endpoint[nic.live[i]];
+    connections_given_up(e, node, ETIMEDOUT, false);
+    commands_given_up(e, node);
+  }
+  remotes_given_up(node);
+  if (link) link_end(link);
+  snprintf(what, sizeof what, "link.node%u", node);
+  segment_end(nic.node, what);
+  if (!queue_exists(node, nic.node)) return;
+  /* On again, and it has rung before we knew. */
+  atomic_fetch_or(&nic.door->link[node / 64], 1ull << node % 64);
+  atomic_fetch_or(&nic.door->summary, 1ull << node / 64);
+}
+
+void links_lost_meanwhile(void) {
+  for (uint32_t node = 0; node < nic.nodes; node++) {
+    char what[32];
+    if (node == nic.node || !queue_exists(nic.node, node)) continue;
+    snprintf(what, sizeof what, "link.node%u", node);
+    struct link_queue *out = segment_map(nic.node, what, sizeof *out, false, NULL);
+    struct vmmc_pub *pub = segment_map(node, "pub", sizeof *pub, false, NULL);
+    uint32_t spoke_to = out && out->header.magic == VMMC_MAGIC ? out->header.peer_boot : 0;
+    uint32_t is = pub && pub->magic == VMMC_MAGIC ? pub->boot : 0;
+    if (out) munmap(out, sizeof *out);
+    if (pub) munmap(pub, sizeof *pub);
+    if (spoke_to && spoke_to != is) link_lost(node, spoke_to);
+  }
+}
+
+void links_report(void) {
+  enum { NEWEST = 8 };
+  for (uint32_t node = 0; node < nic.nodes; node++) {
+    const struct link *link = nic.link[node];
+    if (!link || !link->in) continue;
+    crash_line("link with node%u: %llu packets taken of %llu, %llu sent", node, (unsigned long long)link->taken,
+               (unsigned long long)atomic_load(&link->in->tail), (unsigned long long)link->tail);
+    for (uint64_t i = link->taken > NEWEST ? link->taken - NEWEST : 0; i <= link->taken; i++) {
+      const struct packet *p = &link->in->packet[i % LINK_PACKETS];
+      if (p->sequence != i || p->type == PACKET_NONE) continue;
+      crash_line("  packet %llu: type %u, flags %u, from serial %u slot %u, to serial %u slot %u, position %llu, length %u",
+                 (unsigned long long)i, p->type, p->flags, p->from.serial, p->from.slot, p->to.serial, p->to.slot,
+                 (unsigned long long)p->position, p->length);
+    }
   }
 }

@@ -49,6 +49,7 @@ void link_drop_answers(struct link *link); /* and what waits for RETRY */
 /* ---- retransmit.c ---- */
 void retransmit_update(struct link *link, bool changed); /* after a wire, this way or that, became another */
 void retransmit_recover(struct link *link);
+void retransmit_end(struct link *link);
 void retransmit_sent(struct link *link); /* the newest packet, just published */
 uint64_t retransmit_acknowledged(const struct link *link);
 int retransmit_work(struct link *link);

@@ -1,7 +1,7 @@
 /*
  * main.c: the NIC's life: arguments, the node's segments, and the duty cycle.
  *
- *     vmmc-nic --cluster NAME --uid UID --node I --nodes N --control FD
+ *     vmmc-nic --cluster NAME --uid UID --node I --nodes N --control FD [--boot N]
  */
 #include <fcntl.h>
 #include <signal.h>
@@ -12,7 +12,7 @@
 
 #include "nic.h"
 
-struct nic nic = { .control_fd = -1 };
+struct nic nic = { .control_fd = -1, .boot = 1 };
 
 static volatile sig_atomic_t stop;
 
@@ -23,7 +23,7 @@ static void on_stop(int signal_number) {
 }
 
 static void usage(const char *problem) {
-  fprintf(stderr, "vmmc-nic: %s\nusage: vmmc-nic --cluster NAME --uid UID --node I --nodes N --control FD\n", problem);
+  fprintf(stderr, "vmmc-nic: %s\nusage: vmmc-nic --cluster NAME --uid UID --node I --nodes N --control FD [--boot N]\n", problem);
   exit(2);
 }
 
@@ -53,6 +53,8 @@ static int parse(int count, char **argument) {
       node = true;
     } else if (!strcmp(option, "--nodes")) {
       nic.nodes = number(option, value, VMMC_NODES_MAX);
+    } else if (!strcmp(option, "--boot")) {
+      nic.boot = number(option, value, UINT32_MAX);
     } else if (!strcmp(option, "--control")) {
       control = (int)number(option, value, INT32_MAX);
     } else {
@@ -82,11 +84,19 @@ static void take_over(void) {
   nic.door = map_own("door", sizeof *nic.door, sizeof *nic.door, NULL);
   nic.state = map_own("state", STATE_BYTES, offsetof(struct node_state, binding),
                       &nic.state_fd);
+  /* One NIC a node, whatever a daemon that was killed may have started.  It is held until this process ends,
+   * or closes any descriptor of the segment; who asks for it is told our pid. */
+  struct flock whole = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+  if (fcntl(nic.state_fd, F_SETLK, &whole) < 0) {
+    log_event("error", "another NIC serves this node: %s", strerror(errno));
+    exit(1);
+  }
   nic.pub = map_own("pub", sizeof *nic.pub, sizeof *nic.pub, NULL);
   struct vmmc_pub *pub = nic.pub;
   pub->version = VMMC_LAYOUT_VERSION;
   pub->node = nic.node;
   pub->nodes = nic.nodes;
+  pub->boot = nic.boot;
   atomic_store(&pub->asleep, 0);
   atomic_store(&pub->nic_pid, getpid());
   /* Peers that see the new number repeat what the predecessor may have left unanswered. */
@@ -98,7 +108,9 @@ static void take_over(void) {
   links_recover();
 }
 
-static bool have_work(void) { return stop || control_has_work() || endpoints_have_work() || links_have_work(); }
+static bool have_work(void) {
+  return stop || control_has_work() || log_has_work() || endpoints_have_work() || links_have_work();
+}
 
 int main(int count, char **argument) {
   int control = parse(count, argument);
@@ -116,6 +128,7 @@ int main(int count, char **argument) {
     log_event("error", "no timer: %s", strerror(errno));
     return 1;
   }
+  crash_start();
   take_over();
   control_start(control);
   log_event("info", "serving %s, pid %d, incarnation %u", nic.cluster, getpid(), atomic_load(&nic.pub->incarnation));
@@ -125,6 +138,7 @@ int main(int count, char **argument) {
   while (!stop) {
     int done = 0;
     done += control_work();
+    done += log_work();
     done += endpoints_work();
     done += links_receive();
     if (nic.unreliable_links) done += unreliable_links_work();

@@ -23,6 +23,8 @@
  *   sleep.c       sleeping until somebody rings
  *   control.c     the daemon
  *   segment.c     mapping shared memory by name
+ *   log.c         what happened, a line an event
+ *   crash.c       what is said of a NIC that dies of a signal
  *   own.h         what the NIC must remember, in shared memory that a successor maps
  */
 #ifndef NIC_H
@@ -104,7 +106,7 @@ struct remote {
 
 struct nic {
   char cluster[VMMC_NAME_MAX + 1];
-  uint32_t uid, node, nodes;
+  uint32_t uid, node, nodes, boot;
   struct vmmc_pub *pub;
   struct vmmc_door *door;
   struct node_state *state;
@@ -113,6 +115,7 @@ struct nic {
   uint32_t live[VMMC_ENDPOINTS_MAX];             /* indices in use, dense */
   uint32_t live_count;
   struct link *link[VMMC_NODES_MAX]; /* by node, made when they first talk */
+  uint32_t lost[VMMC_NODES_MAX];     /* by node: its newest boot that is known to have lost its power, 0: none */
   struct link *busy_links;           /* links with something to transmit */
   struct link *unreliable_links;     /* links whose wire is not perfect, this way or that */
   struct remote *remotes;
@@ -138,9 +141,17 @@ static inline void in_order(void) { atomic_signal_fence(memory_order_seq_cst); }
 
 /* ---- log.c ---- */
 __attribute__((format(printf, 2, 3))) void log_event(const char *level, const char *format, ...);
+int log_work(void); /* duty: counts of what was suppressed */
+bool log_has_work(void);
+
+/* ---- crash.c ---- */
+void crash_start(void);
+void crash_report(int signal_number, const void *address);
+__attribute__((format(printf, 1, 2))) void crash_line(const char *format, ...); /* log.c: at once, unlimited */
 
 /* ---- segment.c: NULL with errno set on failure ---- */
 void *segment_map(uint32_t node, const char *what, uint64_t bytes, bool writable, int *fd_out);
+void segment_end(uint32_t node, const char *what); /* removes it; who has it mapped keeps it */
 void *segment_make(uint32_t node, const char *what, uint64_t bytes); /* opens it when it exists */
 
 /* Allocates pages before anything is stored in them: a full /dev/shm is an error here, not a SIGBUS
@@ -255,12 +266,12 @@ void redirect_recover(struct redirection *r, uint64_t placed);
 /* ---- command.c ---- */
 int commands_work(struct endpoint *e);
 void commands_recover(struct endpoint *e);
+void commands_given_up(struct endpoint *e, uint32_t node);
 void command_begin(struct own_command *own); /* its effect is the next store: a successor knows it for its own */
 void command_complete(struct endpoint *e, uint64_t index, int error, uint32_t id, uint64_t length,
                       uint32_t permissions);
 void command_packet(const struct packet *p); /* answers to own commands */
 void command_retell(struct endpoint *e, uint32_t node);
-void commands_given_up(struct endpoint *e, uint32_t node);
 
 /* ---- export.c ---- */
 int export_make(struct endpoint *e, struct own_command *own);
@@ -299,6 +310,9 @@ int links_receive(void);                           /* duty */
 int links_transmit(void);                          /* duty */
 bool links_have_work(void);
 void links_recover(void);
+void links_lost_meanwhile(void);              /* before: what a predecessor had with nodes that lost their power */
+void link_lost(uint32_t node, uint32_t boot); /* that node did, when it had been started so often */
+void links_report(void);                      /* the newest packets, for a NIC that crashes */
 uint32_t link_node(const struct link *link);
 void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot); /* until RETRY comes */
 

@@ -481,7 +481,7 @@ static void begin(struct link *link, uint64_t acknowledged_by_peer, uint64_t fra
 }
 
 /* The queues are the link again: what was under way, or lost, still stands in the peer's and is read there. */
-static void end(struct link *link) {
+void retransmit_end(struct link *link) {
   for (struct link **at = &nic.unreliable_links; *at; at = &(*at)->next_unreliable) {
     if (*at != link) continue;
     *at = link->next_unreliable;
@@ -491,14 +491,16 @@ static void end(struct link *link) {
   free(link->retransmit);
   link->retransmit = NULL;
   link->out->unreliable = 0;
-  link_look_again(link);
 }
 
 void retransmit_update(struct link *link, bool changed) {
   bool wanted = link->far_wire || !wire_is_perfect(link->node);
   struct retransmit *r = link->retransmit;
   if (!wanted) {
-    if (r) end(link);
+    if (r) {
+      retransmit_end(link);
+      link_look_again(link);
+    }
   } else if (!r) {
     link_opened(link);
     uint64_t taken = 0, frames_seen = 0;

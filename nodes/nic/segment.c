@@ -57,6 +57,12 @@ void *segment_make(uint32_t node, const char *what, uint64_t bytes) {
   return base;
 }
 
+void segment_end(uint32_t node, const char *what) {
+  char name[128];
+  segment_name(name, sizeof name, node, what);
+  shm_unlink(name);
+}
+
 bool segment_commit(int fd, uint64_t offset, uint64_t length) {
   int error;
   do error = posix_fallocate(fd, (off_t)offset, (off_t)length);

@@ -107,6 +107,8 @@ int endpoint_commit(const void *start, uint64_t length, bool writable) {
 
 /* ---- attach ----------------------------------------------------------------------------------- */
 
+enum { ATTACH_TRIES = 8 };
+
 static int talk_to_daemon(const char *path) {
   struct sockaddr_un address = { .sun_family = AF_UNIX };
   if (strlen(path) >= sizeof address.sun_path) return -ENAMETOOLONG;
@@ -168,7 +170,7 @@ static int hear(int fd, struct vmmc_attach_reply *reply, int descriptor[3]) {
   }
   int error = 0;
   if (n == 0)
-    error = -ECONNREFUSED; /* the daemon hung up */
+    error = -ECONNRESET; /* the daemon hung up */
   else if (n != sizeof *reply || reply->magic != VMMC_MAGIC)
     error = -EPROTO; /* another version of vmmc-emu */
   else if (reply->error) {
@@ -222,16 +224,29 @@ static void introduce(struct endpoint *e) {
   header->magic = VMMC_MAGIC;
 }
 
+/* Asks and is answered: a connection to the daemon and three descriptors, or -errno. */
+static int ask(const char *socket_path, uint32_t kind, struct vmmc_attach_reply *reply, int descriptor[3]) {
+  int fd = talk_to_daemon(socket_path);
+  int error = fd < 0 ? fd : say(fd, kind, 0, -1);
+  if (!error) error = hear(fd, reply, descriptor);
+  if (!error) return fd;
+  if (fd >= 0) sys_close(fd);
+  return error;
+}
+
 int endpoint_attach(const char *socket_path, bool visitor, struct endpoint **out) {
   struct endpoint *e = calloc(1, sizeof *e);
   if (!e) return -ENOMEM;
   int saved = errno;
   struct vmmc_attach_reply reply;
   int descriptor[3];
-  int fd = talk_to_daemon(socket_path);
-  int error = fd < 0 ? fd : say(fd, visitor ? VMMC_VISIT : VMMC_ATTACH, 0, -1);
-  if (!error) error = hear(fd, &reply, descriptor);
-  if (!error) error = map_segments(e, descriptor);
+  /* A daemon that is killed takes along the connections that it had accepted.  Its successor listens on the same
+   * socket, and those who connect meanwhile wait in its queue. */
+  int fd, tries = 0;
+  do fd = ask(socket_path, visitor ? VMMC_VISIT : VMMC_ATTACH, &reply, descriptor);
+  while ((fd == -ECONNRESET || fd == -EPIPE) && ++tries < ATTACH_TRIES);
+  if (fd == -ECONNRESET || fd == -EPIPE) fd = -ECONNREFUSED;
+  int error = fd < 0 ? fd : map_segments(e, descriptor);
   if (!error) {
     e->node = reply.node;
     e->nodes = reply.nodes;

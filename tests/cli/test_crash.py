@@ -1,0 +1,620 @@
+"""Crashes that nobody should notice, or that say what happened: supervisors, daemons, NICs, whole nodes."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vmmc_emu.nodes import journal
+
+import vmmc_emu
+from vmmc_emu import Cluster, ClusterError, processes
+from vmmc_emu.paths import lock_path, native_file
+
+Cli = Any  # conftest.Cli
+Segments = Callable[[str], list[str]]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with Cluster(nodes=3) as cluster:
+        yield cluster
+
+
+def until(condition: Callable[[], Any], what: Callable[[], object] = lambda: "") -> Any:
+    """Waits until something is so."""
+    deadline = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.005)
+    return found
+
+
+def kill(pid: int) -> None:
+    """Ends a process and waits for that."""
+    descriptor = os.pidfd_open(pid)
+    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    poll_end(descriptor)
+
+
+def poll_end(descriptor: int) -> None:
+    import select
+
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    assert poll.poll(10_000)
+    os.close(descriptor)
+
+
+def next_supervisor(cluster: Cluster, before: int) -> int:
+    """The pid of the successor, once all daemons have joined it."""
+
+    def found() -> int | None:
+        status = cluster.status()
+        joined = cluster.logs().count("has joined")
+        pid = status["supervisor_pid"]
+        return pid if pid not in (None, before) and joined >= len(cluster) else None
+
+    return int(until(found, cluster.logs))
+
+
+def echo(port: int) -> None:
+    """Serves one connection."""
+    with socket.create_server(("", port)) as listener:
+        connection, _ = listener.accept()
+        with connection:
+            while data := connection.recv(65536):
+                connection.sendall(data)
+
+
+class Client:
+    """A connection that a program on a node holds, and says what becomes of it."""
+
+    CODE = (
+        "import socket, sys\n"
+        "c = socket.create_connection((sys.argv[1], int(sys.argv[2])))\n"
+        "print('connected', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    try:\n"
+        "        c.sendall(line.encode())\n"
+        "        print(c.recv(100).decode().strip(), flush=True)\n"
+        "    except OSError as error: print(error.errno, flush=True)\n"
+    )
+
+    def __init__(self, cluster: Cluster, node: int, target: int, port: int) -> None:
+        self.process = cluster.node(node).popen(
+            [sys.executable, "-c", self.CODE, f"node{target}", str(port)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.read() == "connected"
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return str(self.process.stdout.readline()).strip()
+
+    def write(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{text}\n")
+        self.process.stdin.flush()
+
+    def exchange(self, text: str) -> str:
+        self.write(text)
+        return self.read()
+
+    def end(self) -> None:
+        self.process.communicate(timeout=20)
+
+
+# ---- the supervisor ----
+
+
+def test_a_supervisor_that_is_killed_has_a_successor(cluster: Cluster) -> None:
+    """Traffic goes on; then daemons that die have successors again, and so has the successor."""
+    server = cluster.node(0).submit(echo, 9200)
+    cluster.node(0).wait_for_port(9200)
+    client = Client(cluster, 1, 0, 9200)
+    before = cluster.status()
+    supervisor = before["supervisor_pid"]
+    for lives in (1, 2):
+        kill(supervisor)
+        assert client.exchange("meanwhile") == "meanwhile"
+        assert cluster.node(2).run(["true"], check=True).returncode == 0
+        supervisor = next_supervisor(cluster, supervisor)
+        joined = lives * 3
+        until(lambda: cluster.logs().count("has joined") == joined, cluster.logs)
+    # It has all that a daemon's successor needs: attached programs, too.
+    daemon = cluster.status()["nodes"][0]["daemon_pid"]
+    kill(daemon)
+    until(lambda: cluster.status()["nodes"][0]["daemon_pid"] not in (None, daemon), cluster.logs)
+    until(lambda: "takes over from one that died: NIC" in cluster.node(0).logs(), cluster.logs)
+    assert client.exchange("afterwards") == "afterwards"
+    now = cluster.status()
+    assert now["state"] == "up"
+    assert [n["nic_pid"] for n in now["nodes"]] == [n["nic_pid"] for n in before["nodes"]]
+    assert now["supervisor_restarts"]["count"] == 2
+    client.end()
+    server.result(timeout=20)
+    until(lambda: not [s for s in cluster.place.segments() if ".ep" in s], cluster.logs)
+
+
+def test_detached_programs_and_the_owner_with_a_successor(cli: Cli, segments: Segments) -> None:
+    """`run --detach` waits for the next supervisor, and a cluster still ends with its owner."""
+    code = (
+        "import signal, sys\n"
+        "from vmmc_emu import Cluster\n"
+        "cluster = Cluster(nodes=2, name=sys.argv[1]).start()\n"
+        "print(cluster.status()['supervisor_pid'], flush=True)\n"
+        "signal.pause()\n"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, cli.cluster], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    supervisor = int(owner.stdout.readline())
+    os.kill(supervisor, signal.SIGKILL)
+    assert "runs as pid" in cli.ok("run", "--node", 1, "--detach", "--", "sleep", 600)
+    status = json.loads(cli.ok("status", "--json"))
+    found = {status["supervisor_pid"], *(n[k] for n in status["nodes"] for k in ("daemon_pid", "nic_pid"))}
+    descriptors = [os.pidfd_open(pid) for pid in found]
+    owner.kill()
+    owner.communicate()
+    for descriptor in descriptors:
+        poll_end(descriptor)
+    until(lambda: not segments(cli.cluster))
+
+
+def test_a_node_that_loses_daemon_and_supervisor_together(cluster: Cluster) -> None:
+    """What runs there goes on, status says what is the matter, and a new start mends it."""
+    server = cluster.node(0).submit(echo, 9201)
+    cluster.node(0).wait_for_port(9201)
+    client = Client(cluster, 1, 0, 9201)
+    before = cluster.status()
+    for pid in (before["supervisor_pid"], before["nodes"][0]["daemon_pid"]):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in (before["supervisor_pid"], before["nodes"][0]["daemon_pid"]):
+        kill(pid)
+    until(lambda: cluster.logs().count("has joined") == 2, cluster.logs)
+    assert client.exchange("still there") == "still there"
+    assert cluster.status()["nodes"][0]["state"] == "no daemon"
+    assert "node0 has lost its daemon and the supervisor" in cluster.logs()
+    cluster.node(0).kill()
+    with pytest.raises(ChildProcessError):
+        server.result(timeout=20)
+    cluster.node(0).start()
+    assert cluster.status()["state"] == "up"
+    client.end()
+
+
+# ---- whole nodes ----
+
+
+def test_a_node_loses_its_power_and_gets_it_back(cluster: Cluster, segments: Segments) -> None:
+    server = cluster.node(2).submit(echo, 9202)
+    cluster.node(2).wait_for_port(9202)
+    talking, waiting = Client(cluster, 0, 2, 9202), None
+    assert talking.exchange("before") == "before"
+    program = cluster.node(2).popen(["sleep", "600"])
+    bystander = cluster.node(1).popen(["sleep", "600"])
+    here = vmmc_emu.attach(0, cluster=cluster.name)
+    cluster.node(2).kill()
+    assert program.wait(10) == -signal.SIGKILL
+    with pytest.raises(ChildProcessError):
+        server.result(timeout=10)
+    assert [name for name in segments(cluster.name) if ".node2." in name] == []
+    status = cluster.status()
+    assert (status["state"], status["nodes"][2]["state"]) == ("up", "off")
+    # What was connected is told, once; new connections find no way.
+    assert talking.exchange("after") == str(errno.ETIMEDOUT)
+    assert talking.exchange("again") in (str(errno.EPIPE), "")
+    with pytest.raises(OSError, match="No route to host"):
+        cluster.node(0).python(lambda: socket.create_connection(("node2", 9202)))
+    with pytest.raises(OSError, match="Errno 113"):
+        here.import_(2, "anything", timeout_ms=1000)
+    with pytest.raises(ClusterError, match="node2 is off: start it with"):
+        cluster.node(2).run(["true"])
+    with pytest.raises(ClusterError, match="is off already"):
+        cluster.node(2).kill()
+    assert bystander.poll() is None
+    cluster.node(2).start()
+    assert cluster.status()["nodes"][2]["state"] == "up"
+    with pytest.raises(ClusterError, match="is on"):
+        cluster.node(2).start()
+    # Empty, and as good as new, both ways, with peers that knew its former life.
+    assert cluster.node(2).sockets() == []
+    for at, other, port in ((2, 0, 9203), (0, 2, 9204), (1, 2, 9205)):
+        server = cluster.node(at).submit(echo, port)
+        cluster.node(at).wait_for_port(port)
+        waiting = Client(cluster, other, at, port)
+        assert waiting.exchange("anew") == "anew"
+        waiting.end()
+        server.result(timeout=20)
+    with vmmc_emu.attach(2, cluster=cluster.name) as there:
+        export = there.export(there.alloc(4096), "page")
+        here.import_(2, "page", timeout_ms=5000).send(here.alloc(4096), 0, notify=True)
+        assert export.notification(5000).length == 4096
+    here.detach()
+    bystander.kill()
+    bystander.wait()
+    talking.end()
+
+
+def test_sleeping_readers_and_connects_hear_of_a_lost_node(cluster: Cluster) -> None:
+    def listen() -> None:
+        with socket.create_server(("", 9206), backlog=0):
+            time.sleep(600)
+
+    def read() -> int:
+        with socket.create_connection(("node1", 9206)) as connection:
+            try:
+                return len(connection.recv(1))
+            except OSError as error:
+                return error.errno or 0
+
+    def connect() -> int:
+        kept = []
+        try:
+            for _ in range(20):
+                kept.append(socket.create_connection(("node1", 9206)))
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    server = cluster.node(1).submit(listen)
+    cluster.node(1).wait_for_port(9206)
+    reader = cluster.node(0).submit(read)
+    until(lambda: [s for s in cluster.node(0).sockets() if s.state == "ESTAB"], cluster.logs)
+    connecting = cluster.node(2).submit(connect)
+    until(lambda: [s for s in cluster.node(2).sockets() if s.state == "SYN-SENT"], cluster.logs)
+    cluster.node(1).kill()
+    assert reader.result(timeout=10) == errno.ETIMEDOUT
+    assert connecting.result(timeout=10) in (errno.ETIMEDOUT, errno.EHOSTUNREACH)
+    server.kill()
+
+
+def test_a_lost_node_that_comes_back_while_its_peers_nic_is_dead(cluster: Cluster) -> None:
+    """The peer's next NIC finds by itself that what it had is gone."""
+    server = cluster.node(2).submit(echo, 9207)
+    cluster.node(2).wait_for_port(9207)
+    client = Client(cluster, 0, 2, 9207)
+    peer = cluster.status()["nodes"][0]
+    os.kill(peer["daemon_pid"], signal.SIGSTOP)
+    kill(peer["nic_pid"])
+    cluster.node(2).kill()
+    with pytest.raises(ChildProcessError):
+        server.result(timeout=10)
+    cluster.node(2).start()
+    client.write("anybody there?")
+    os.kill(peer["daemon_pid"], signal.SIGCONT)
+    assert client.read() in (str(errno.ETIMEDOUT), str(errno.EPIPE))
+    server = cluster.node(2).submit(echo, 9208)
+    cluster.node(2).wait_for_port(9208)
+    again = Client(cluster, 0, 2, 9208)
+    assert again.exchange("yes") == "yes"
+    for each in (client, again):
+        each.end()
+    server.result(timeout=20)
+
+
+def test_power_from_the_command_line(cli: Cli) -> None:
+    cli.ok("up", "--nodes", 3)
+    assert cli.ok("node", "kill", "1-2") == "node1 is off.\nnode2 is off.\n"
+    states = [line.split()[3] for line in cli.ok("status").splitlines()[2:5]]
+    assert states == ["up", "off", "off"]
+    connect = "import socket; socket.create_connection(('node1', 1))"
+    assert "No route to host" in cli("run", "--node", 0, "--", sys.executable, "-c", connect).stderr
+    refused = cli("run", "--node", 1, "--", "true")
+    assert (refused.returncode, "node start 1" in refused.stderr) == (1, True)
+    # A supervisor that comes after knows, too.
+    supervisor = json.loads(cli.ok("status", "--json"))["supervisor_pid"]
+    os.kill(supervisor, signal.SIGKILL)
+    assert cli.ok("node", "start", "node1") == "node1 is up, and empty.\n"
+    cli.ok("run", "--node", 1, "--", "true")
+    assert "there is no node7" in cli("node", "kill", "7").stderr
+    assert "node2 is off already" in cli("node", "kill", "2").stderr
+
+
+# ---- daemons and NICs ----
+
+
+def test_programs_that_attach_while_their_daemon_dies_notice_nothing(cluster: Cluster) -> None:
+    attach = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "import vmmc_emu\n"
+        "for line in sys.stdin: vmmc_emu.attach(0).detach(); print('ok', flush=True)\n"
+    )
+    with cluster.node(0).popen(
+        [sys.executable, "-c", attach], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        daemon = 0
+        for _ in range(6):
+            before = daemon
+            daemon = until(lambda: (now := cluster.status()["nodes"][0]["daemon_pid"]) != before and now)
+            os.kill(daemon, signal.SIGSTOP)  # it dies with the request in its hands
+            program.stdin.write("\n")
+            program.stdin.flush()
+            os.kill(daemon, signal.SIGKILL)
+            assert program.stdout.readline() == "ok\n"
+        program.stdin.close()
+        assert program.wait(20) == 0
+
+
+def test_a_nic_that_nobody_knows_of_makes_room(cluster: Cluster) -> None:
+    """One that a daemon started last thing before it was killed: never two NICs on a node."""
+    status = cluster.status()["nodes"][0]
+    os.kill(status["daemon_pid"], signal.SIGSTOP)
+    # As if it had been started and not been told of: the predecessor is dead, this one is on no record.
+    kill(status["nic_pid"])
+    (cluster.place.processes / "nic-0").unlink()
+    nic = native_file("vmmc-nic")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stray = subprocess.Popen(
+        [nic, "--cluster", cluster.name, "--uid", str(os.getuid()), "--node", "0", "--nodes", "3",
+         "--control", str(theirs.fileno())],
+        pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until(lambda: (found := processes.nic_of(cluster.place, 0)) and found.pid == stray.pid)
+    second = subprocess.run(
+        [nic, "--cluster", cluster.name, "--uid", str(os.getuid()), "--node", "0", "--nodes", "3",
+         "--control", "1"],
+        capture_output=True, text=True, check=False, timeout=20,
+    )  # fmt: skip
+    assert second.returncode == 1
+    assert "another NIC serves this node" in second.stderr
+    os.kill(status["daemon_pid"], signal.SIGCONT)
+    assert stray.wait(20) == -signal.SIGKILL
+    until(lambda: cluster.status()["nodes"][0]["nic_pid"] not in (None, status["nic_pid"]), cluster.logs)
+    cluster.node(0).python(lambda: socket.create_server(("", 9210)).close())
+    ours.close()
+    theirs.close()
+
+
+def test_down_finds_what_is_on_no_record(cli: Cli, segments: Segments) -> None:
+    cli.ok("up", "--nodes", 2)
+    status = json.loads(cli.ok("status", "--json"))
+    pids = [n[k] for n in status["nodes"] for k in ("daemon_pid", "nic_pid")]
+    descriptors = [os.pidfd_open(pid) for pid in pids]
+    for record in (Path(os.environ["VMMC_RUNTIME_DIR"]) / cli.cluster / "processes").iterdir():
+        record.unlink()
+    cli.ok("down")
+    for descriptor in descriptors:
+        poll_end(descriptor)
+    assert segments(cli.cluster) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS])
+def test_a_nic_that_crashes_says_where_and_at_what(cluster: Cluster, number: signal.Signals) -> None:
+    def talk() -> None:
+        with socket.create_server(("", 9211)) as listener:
+            client = socket.create_connection(("node0", 9211))
+            server, _ = listener.accept()
+            client.sendall(b"x" * 4321)
+            server.recv(4321, socket.MSG_WAITALL)
+
+    cluster.node(0).python(talk)
+    with vmmc_emu.attach(0, cluster=cluster.name) as here:
+        here.export(here.alloc(4096), "page")
+        target = here.import_(0, "page", timeout_ms=5000)
+        target.send(here.alloc(4096)[:777], 0)
+        nic = cluster.status()["nodes"][0]["nic_pid"]
+        os.kill(nic, number)
+        until(lambda: cluster.status()["nodes"][0]["nic_pid"] not in (None, nic), cluster.logs)
+        target.send(here.alloc(4096)[:778], 0)
+    log = cluster.node(0).logs()
+    assert "error nic node0: " in log
+    assert "backtrace" in log
+    assert "vmmc-nic(main+" in log  # a frame, by name
+    assert "length 777" in log  # the newest command
+    assert re.search(r"  packet \d+: type", log)  # and packets
+    assert f"NIC {nic} was ended by {number.name}" in log
+    restarts = cluster.status()["nodes"][0]["restarts"]["nic"]
+    assert restarts["count"] == 1
+    assert restarts["recent"][0]["how"] == f"was ended by {number.name}"
+    assert abs(restarts["recent"][0]["when"] - time.time()) < 60
+
+
+def test_status_says_what_was_replaced_and_why(cli: Cli) -> None:
+    cli.ok("up", "--nodes", 2)
+    status = json.loads(cli.ok("status", "--json"))
+    os.kill(status["nodes"][1]["daemon_pid"], signal.SIGKILL)
+    os.kill(status["nodes"][0]["nic_pid"], signal.SIGTERM)
+
+    def rows() -> dict[tuple[str, str], list[str]] | None:
+        lines = [line.split() for line in cli.ok("status").splitlines()[6:]]
+        found = {(line[0], line[1]): line[2:] for line in lines}
+        return found if len(found) == 2 else None
+
+    found = until(rows)
+    assert " ".join(found["node1", "daemon"]).endswith("was ended by SIGKILL")
+    assert " ".join(found["node0", "NIC"]).endswith("ended with status 0")
+    assert found["node0", "NIC"][0] == "1"
+
+
+# ---- what comes over sockets, and who may send it ----
+
+
+def test_nonsense_to_the_supervisor_gets_an_error_and_harms_nobody(cluster: Cluster) -> None:
+    before = cluster.status()
+    messages: list[bytes] = [
+        b"x", b"{", b"[]", b"17", b"null", b"\xff\xfe", b"{}", b'{"node": 99}', b'{"node": "0"}',
+        b'{"node": 0}', b'{"what": "kill"}', b'{"what": "kill", "node": -1}', b'{"what": 3, "node": 0}',
+        b'{"what": "daemon", "node": 0}', b'{"wires": 3}', b'{"wires": [{}]}', b"[" * 60000,
+        b'{"what": "start", "node": 0}', b'{"node": 1e400}', b'{"node": {"a": []}}',
+    ]  # fmt: skip
+    for message, extra in itertools.product(messages, (0, 1, 3)):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(os.fspath(cluster.place.control))
+            socket.send_fds(connection, [message], [0] * extra)
+            connection.settimeout(10)
+            answer = json.loads(connection.recv(65536))
+            assert answer["message"], message
+    for _ in range(20):  # and some that hang up without a word, or before the answer
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(os.fspath(cluster.place.control))
+            connection.send(b"{}")
+    cluster.node(0).popen(["true"]).wait()
+    now = cluster.status()
+    assert (now["supervisor_pid"], now["nodes"]) == (before["supervisor_pid"], before["nodes"])
+    assert "a request that is none" in cluster.logs()
+    descriptors = os.listdir(f"/proc/{now['supervisor_pid']}/fd")
+    assert len(descriptors) < 40, descriptors
+
+
+def test_a_stopped_supervisor_holds_up_nobody(cluster: Cluster) -> None:
+    """More attaches than its sockets hold messages; when it goes on, it has heard of all of them."""
+    status = cluster.status()
+    os.kill(status["supervisor_pid"], signal.SIGSTOP)
+    try:
+        attached = [vmmc_emu.attach(0, cluster=cluster.name) for _ in range(200)]
+        cluster.node(1).python(lambda: socket.create_server(("", 9212)).close())
+    finally:
+        os.kill(status["supervisor_pid"], signal.SIGCONT)
+    os.kill(status["nodes"][0]["daemon_pid"], signal.SIGKILL)
+    until(lambda: "takes over from one that died: NIC" in cluster.node(0).logs(), cluster.logs)
+    for each in attached:
+        each.detach()
+    until(lambda: not [s for s in cluster.place.segments() if ".ep" in s], cluster.logs)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_another_user_can_open_nothing(cluster: Cluster) -> None:
+    """No segment, file or socket of a cluster, whatever it is for."""
+    with vmmc_emu.attach(0, cluster=cluster.name):
+        paths = [f"/dev/shm/{name}" for name in cluster.place.segments()]
+        paths += [str(lock_path(cluster.name))]
+        paths += [str(path) for path in [cluster.place.runtime, *cluster.place.runtime.rglob("*")]]
+        assert len(paths) > 20
+        code = (
+            "import os, socket, sys\n"
+            "for path in sys.argv[1:]:\n"
+            "    for flags in (os.O_RDONLY, os.O_RDWR):\n"
+            "        try: os.open(path, flags); print('opened', path)\n"
+            "        except OSError: pass\n"
+            "    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+            "    try: end.connect(path); print('connected', path)\n"
+            "    except OSError: pass\n"
+            "print('tried', len(sys.argv) - 1)\n"
+        )
+        done = subprocess.run(
+            ["/usr/bin/env", "python3", "-c", code, *paths], user=65534, group=65534, extra_groups=[],
+            capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+        if done.returncode:
+            pytest.skip(f"no Python that another user can run: {done.stderr.splitlines()[-1:]}")
+        assert done.stdout == f"tried {len(paths)}\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_programs_that_drop_privileges(cluster: Cluster) -> None:
+    """With a socket before: it goes on.  Without: one line that says why, and an error."""
+    before = (
+        "import encodings.idna, os, socket\n"
+        "listener = socket.create_server(('', 9213))\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "client = socket.create_connection(('198.18.0.1', 9213))\n"
+        "server, _ = listener.accept()\n"
+        "client.sendall(b'hello'); print(server.recv(5), os.getuid())\n"
+    )
+    done = cluster.node(0).run([sys.executable, "-c", before])
+    assert (done.stdout, done.stderr) == ("b'hello' 65534\n", "")
+    after = (
+        "import encodings.idna, os, socket\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "try: socket.create_connection(('198.18.0.1', 9213))\n"
+        "except OSError as error: print(error.errno)\n"
+    )
+    done = cluster.node(0).run([sys.executable, "-c", after])
+    assert done.stdout == f"{errno.EACCES}\n"
+    assert "a cluster serves the user who started it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# ---- logs ----
+
+
+def test_a_storm_of_events_is_counted_and_not_written(cluster: Cluster) -> None:
+    for _ in range(300):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(str(cluster.place.socket(0)))
+            connection.send(b"nonsense")
+            assert connection.recv(100) == b""
+    lines = [line for line in cluster.node(0).logs().splitlines() if "hung up on pid" in line]
+    assert 10 <= len(lines) <= 130  # of 300; a window of ten seconds may have ended on the way
+    assert all(" warning node0 " in line for line in lines)
+
+
+def test_suppressed_lines_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
+    later: list[Callable[[], None]] = []
+    journal.begin(lambda _delay, callback: later.append(callback))
+    for number in range(1000):
+        journal.log(journal.WARNING, f"a storm, drop {number}")
+    journal.log(journal.ERROR, "something else")
+    assert len(later) == 1
+    later[0]()
+    journal.begin(lambda _delay, _callback: None)
+    lines = capfd.readouterr().err.splitlines()
+    shown = [line for line in lines if "drop" in line and "suppressed" not in line]
+    assert f"{1000 - len(shown)} more lines like this were suppressed" in lines[-1]
+    assert len(lines) == len(shown) + 2 < 100
+
+
+def test_levels(cli: Cli) -> None:
+    cli.ok("up", "--nodes", 2)
+    nic = json.loads(cli.ok("status", "--json"))["nodes"][0]["nic_pid"]
+    os.kill(nic, signal.SIGKILL)
+    until(lambda: "was ended by SIGKILL" in cli.ok("logs", "--level", "warning"))
+    lines = cli.ok("logs", "--level", "warning").splitlines()
+    assert lines
+    assert all(" warning " in line or " error " in line for line in lines)
+    assert "is ready" in cli.ok("logs", "--node", 0)
+    cli.ok("run", "--node", 0, "--detach", "--", "echo", "a program says info")
+    until(lambda: "a program says info" in cli.ok("logs", "--level", "error"))
+
+
+def test_a_full_disk_stops_nobody(cli: Cli) -> None:
+    """Logs and records find no room: NICs, daemons and programs come, go and come back all the same."""
+    unshare = shutil.which("unshare")
+    options = ["--mount"] if os.getuid() == 0 else ["--mount", "--user", "--map-root-user"]
+    if (
+        unshare is None
+        or subprocess.run([unshare, *options, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("mount namespaces are not allowed here")
+    v = " ".join(cli.command())
+    code = (
+        "import json, os, signal, socket, subprocess, sys, time\n"
+        "def status(): return json.loads(subprocess.check_output(sys.argv[1:] + ['status', '--json']))\n"
+        "before = status()\n"
+        "for what in ('nic_pid', 'daemon_pid'): os.kill(before['nodes'][0][what], signal.SIGKILL)\n"
+        "code = 'import socket; l = socket.create_server((\"\", 9));'\n"
+        "code += 'c = socket.create_connection((\"node0\", 9));'\n"
+        "code += 'c.send(b\"x\"); print(l.accept()[0].recv(1))'\n"
+        "for i in range(3):\n"
+        "    print(subprocess.run(sys.argv[1:] + ['run', '--node', '0', '--', sys.executable, '-c', code],\n"
+        "                         capture_output=True, text=True, timeout=20))\n"
+    )
+    script = (
+        "mkdir $D && mount -t tmpfs -o size=1m,mode=700 tmpfs $D && export VMMC_RUNTIME_DIR=$D;"
+        f"{v} up --nodes 2 > /dev/null; head -c 4m /dev/zero > $D/filler 2>/dev/null;"
+        f"{sys.executable} -c \"$C\" {v}; {v} down; ls /dev/shm | grep {cli.cluster}; umount $D; rmdir $D"
+    )
+    done = subprocess.run(
+        [unshare, *options, "sh", "-c", script], capture_output=True, text=True, timeout=90, check=False,
+        env={**os.environ, "D": f"/tmp/{cli.cluster}", "C": code},
+    )  # fmt: skip
+    assert done.stdout.count("returncode=0, stdout=\"b'x'\\n\", stderr=''") == 3, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"Cluster '{cli.cluster}' is down."
