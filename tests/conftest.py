@@ -76,6 +76,26 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return compiled
 
 
+def _packages() -> dict[str, str]:
+    """Programs that tests need, each with the package that has it."""
+    lines = (Path(__file__).parent / "needed_programs.txt").read_text().splitlines()
+    pairs = (line.split() for line in lines if not line.startswith("#"))
+    return {program: package for program, package in pairs}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test whose programs are not there is skipped on a developer's machine, and fails in CI."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where Debian has servers
+    needed = {program for mark in item.iter_markers("programs") for program in mark.args}
+    missing = sorted(program for program in needed if not shutil.which(program, path=path))
+    if missing:
+        packages = sorted({_packages().get(program, program) for program in missing})
+        problem = f"{', '.join(missing)} not found: install {' '.join(packages)}"
+        if os.environ.get("CI"):
+            pytest.fail(problem, pytrace=False)
+        pytest.skip(problem)
+
+
 EchoServer = Callable[..., int]
 
 

@@ -21,12 +21,6 @@ from vmmc_emu import Cluster, Node
 SIZES = {"empty": 0, "byte": 1, "mebibyte": 1 << 20, "large": 300_000_000}
 
 
-def needs(*programs: str) -> pytest.MarkDecorator:
-    """These come from the system; CI installs them (.ci/run)."""
-    missing = [program for program in programs if not shutil.which(program)]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-
-
 @contextlib.contextmanager
 def serving(node: Node, command: list[str], port: int, directory: Path) -> Iterator[subprocess.Popen[str]]:
     """Runs a server on a node until the block ends."""
@@ -70,7 +64,7 @@ def http_server_on_node0(eight_nodes: Cluster, files: Path) -> Iterator[None]:
         yield
 
 
-@needs("curl", "sha256sum")
+@pytest.mark.programs("curl")
 @pytest.mark.usefixtures("http_server_on_node0")
 class TestHttp:
     """python3 -m http.server on one node and curl from the seven others."""
@@ -111,7 +105,7 @@ class TestHttp:
             assert got.stdout == (files / "byte").read_bytes()
 
 
-@needs("curl")
+@pytest.mark.programs("curl")
 def test_same_port_on_all_eight_nodes(eight_nodes: Cluster, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         servers = []
@@ -137,7 +131,7 @@ def redis_on_node2(eight_nodes: Cluster, tmp_path_factory: pytest.TempPathFactor
         yield
 
 
-@needs("redis-server", "redis-cli")
+@pytest.mark.programs("redis-server", "redis-cli")
 @pytest.mark.usefixtures("redis_on_node2")
 class TestRedis:
     def cli(self, cluster: Cluster, node: int, *words: str, input: str | None = None) -> str:
@@ -165,7 +159,7 @@ class TestRedis:
         assert "errors: 0, replies: 20000" in answer
 
 
-@needs("iperf3")
+@pytest.mark.programs("iperf3")
 @pytest.mark.parametrize("options", [[], ["-R"], ["-P", "4"], ["-P", "4", "-R"]], ids=" ".join)
 def test_iperf3(options: list[str], eight_nodes: Cluster, tmp_path: Path) -> None:
     with serving(eight_nodes.node(4), ["iperf3", "-s"], 5201, tmp_path):
