@@ -118,8 +118,39 @@ assert server.recv(100) == b"untouched"
 
 
 def test_only_the_nodes_interfaces(two_nodes: Cluster) -> None:
-    code = "import psutil; print({n: [a.address for a in l] for n, l in psutil.net_if_addrs().items()})"
+    code = """
+import fcntl, psutil, socket, struct
+print({n: [a.address for a in l] for n, l in psutil.net_if_addrs().items()})
+print(socket.if_nameindex(), socket.if_nametoindex("vmmc0"), socket.if_indextoname(1))
+for unknown in (lambda: socket.if_nametoindex("eth0"), lambda: socket.if_indextoname(3)):
+    try:
+        print(unknown())
+    except OSError:
+        pass
+def ask(sock, request, name):  # the struct ifreq's union
+    return fcntl.ioctl(sock, request, struct.pack("40s", name))[16:]
+SIOCGIFCONF, SIOCGIFADDR, SIOCGIFINDEX = 0x8912, 0x8915, 0x8933
+import array
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+    with socket.socket(socket.AF_INET, kind) as sock:
+        room = array.array("B", bytes(200))
+        got = fcntl.ioctl(sock, SIOCGIFCONF, struct.pack("iP", 200, room.buffer_info()[0]))
+        length = struct.unpack("iP", got)[0]
+        rows = [room.tobytes()[at : at + 40] for at in range(0, length, 40)]
+        print([(row[:16].rstrip(b"\\0").decode(), socket.inet_ntoa(row[20:24])) for row in rows])
+        print(socket.inet_ntoa(ask(sock, SIOCGIFADDR, b"vmmc0")[4:8]), ask(sock, SIOCGIFINDEX, b"lo")[0])
+        try:
+            ask(sock, SIOCGIFADDR, b"eth0")
+        except OSError as error:
+            print(error.strerror)
+"""
     done = two_nodes.node(1).run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
-    assert done.stdout == ("{'lo': ['127.0.0.1', '::1'], 'vmmc0': ['198.18.0.2', 'fd00:766d:6d63::2']}\n")
+    asked = ["[('lo', '127.0.0.1'), ('vmmc0', '198.18.0.2')]", "198.18.0.2 1", "No such device"]
+    assert done.stdout.splitlines() == [
+        "{'lo': ['127.0.0.1', '::1'], 'vmmc0': ['198.18.0.2', 'fd00:766d:6d63::2']}",
+        "[(1, 'lo'), (2, 'vmmc0')] 2 lo",
+        *asked,
+        *asked,
+    ]

@@ -9,6 +9,7 @@
 #include <sys/syscall.h>
 
 #include "fault.h"
+#include "names.h"
 #include "process.h"
 #include "readiness.h"
 #include "real.h"
@@ -393,12 +394,25 @@ INTERPOSE ssize_t splice(int from, off64_t *from_offset, int to, off64_t *to_off
 
 /* ---- ioctl ---- */
 
+/* A socket of the kernel's, too, is asked for interfaces: what is no socket gets the kernel's answer. */
+static int kernel_ioctl(int fd, unsigned long request, void *argument) {
+  int type, result = -ENOTTY;
+  socklen_t length = sizeof type;
+  if (process_on_node && request >= 0x8900 && request < 0x8a00 &&
+      REAL(getsockopt)(fd, SOL_SOCKET, SO_TYPE, &type, &length) == 0)
+    result = names_ioctl(request, argument);
+  if (result == -ENOTTY) return REAL(ioctl)(fd, request, argument);
+  if (result == 0) return 0;
+  errno = -result;
+  return -1;
+}
+
 INTERPOSE int ioctl(int fd, unsigned long request, ...) {
   va_list arguments;
   va_start(arguments, request);
   void *argument = va_arg(arguments, void *);
   va_end(arguments);
-  SOCKET_OR(fd, REAL(ioctl)(fd, request, argument));
+  SOCKET_OR(fd, kernel_ioctl(fd, request, argument));
   int result, number;
   if (request == FIONBIO) {
     REFUSE_IF(fault_copy(&number, argument, sizeof number) ? 0 : EFAULT);
@@ -408,8 +422,9 @@ INTERPOSE int ioctl(int fd, unsigned long request, ...) {
     result = REAL(ioctl)(fd, request) < 0 ? -errno : 0;
   } else if ((result = socket_ioctl(f->socket, request, &number)) == 0) {
     if (!fault_copy(argument, &number, sizeof number)) result = -EFAULT;
-  } else if (result == -ENOTTY && request >= 0x8900 && request < 0x8a00) {
-    /* Questions about the host's interfaces, for which any internet socket will do. */
+  } else if (result == -ENOTTY && (result = names_ioctl(request, argument)) == -ENOTTY && request >= 0x8900 &&
+             request < 0x8a00) {
+    /* What else is asked of or told to interfaces is the host's, for which any internet socket will do. */
     int handle = REAL(socket)(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     result = handle < 0 ? -errno : REAL(ioctl)(handle, request, argument) < 0 ? -errno : 0;
     if (handle >= 0) REAL(close)(handle);

@@ -7,10 +7,13 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <net/if.h>
+#include <net/if_arp.h>
 #include <netinet/in.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "fault.h"
+#include "names.h"
 #include "process.h"
 #include "real.h"
 #include "socket.h"
@@ -238,10 +241,28 @@ INTERPOSE int uname(struct utsname *system) {
   return result;
 }
 
+/* ---- this node's interfaces ---- */
+
+enum { INTERFACES = 2 };
+static const struct interface {
+  char name[IFNAMSIZ];
+  short flags;
+  unsigned short hardware; /* ARPHRD_* */
+} interfaces[INTERFACES] = {{"lo", IFF_UP | IFF_RUNNING | IFF_LOOPBACK, ARPHRD_LOOPBACK},
+                            {"vmmc0", IFF_UP | IFF_RUNNING, ARPHRD_NONE}}; /* index 1 and 2, as the kernel counts */
+
+static struct sockaddr_in interface_address(int i) {
+  struct in_addr address = i ? address_of(process_node) : (struct in_addr){htonl(INADDR_LOOPBACK)};
+  return (struct sockaddr_in){.sin_family = AF_INET, .sin_addr = address};
+}
+static struct sockaddr_in interface_mask(int i) {
+  return (struct sockaddr_in){.sin_family = AF_INET, .sin_addr = {htonl(i ? 0xfffe0000u : 0xff000000u)}};
+}
+
 /* One block, as the C library makes it: its freeifaddrs is a free(). */
 INTERPOSE int getifaddrs(struct ifaddrs **result) {
   if (!process_on_node) return REAL(getifaddrs)(result);
-  enum { COUNT = 4 };
+  enum { COUNT = 2 * INTERFACES };
   struct block {
     struct ifaddrs list[COUNT];
     union {
@@ -249,19 +270,18 @@ INTERPOSE int getifaddrs(struct ifaddrs **result) {
       struct sockaddr_in v4;
       struct sockaddr_in6 v6;
     } address[COUNT], mask[COUNT];
-    char loopback[8], own[8];
+    char names[INTERFACES][IFNAMSIZ];
   } *b = calloc(1, sizeof *b);
   if (!b) {
     errno = ENOMEM;
     return -1;
   }
-  strcpy(b->loopback, "lo");
-  strcpy(b->own, "vmmc0");
+  for (int i = 0; i < INTERFACES; i++) memcpy(b->names[i], interfaces[i].name, IFNAMSIZ);
   for (int i = 0; i < COUNT; i++) {
-    bool own = i & 1, v6 = i >= 2;
+    bool own = i % INTERFACES, v6 = i >= INTERFACES;
     b->list[i] = (struct ifaddrs){.ifa_next = i + 1 < COUNT ? &b->list[i + 1] : NULL,
-                                  .ifa_name = own ? b->own : b->loopback,
-                                  .ifa_flags = IFF_UP | IFF_RUNNING | (own ? 0 : IFF_LOOPBACK),
+                                  .ifa_name = b->names[own],
+                                  .ifa_flags = (unsigned)interfaces[own].flags,
                                   .ifa_addr = &b->address[i].any, .ifa_netmask = &b->mask[i].any};
     if (v6) {
       b->address[i].v6 = (struct sockaddr_in6){.sin6_family = AF_INET6,
@@ -269,11 +289,98 @@ INTERPOSE int getifaddrs(struct ifaddrs **result) {
       b->mask[i].v6.sin6_family = AF_INET6;
       memset(&b->mask[i].v6.sin6_addr, 0xff, own ? 8 : 16);
     } else {
-      b->address[i].v4 = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr = own ? address_of(process_node)
-                                                                            : (struct in_addr){htonl(INADDR_LOOPBACK)}};
-      b->mask[i].v4 = (struct sockaddr_in){.sin_family = AF_INET, .sin_addr = {htonl(own ? 0xfffe0000u : 0xff000000u)}};
+      b->address[i].v4 = interface_address(own);
+      b->mask[i].v4 = interface_mask(own);
     }
   }
   *result = b->list;
   return 0;
+}
+
+static int interface_named(const char *name) { /* its place in the table, or -1 */
+  for (int i = 0; i < INTERFACES; i++)
+    if (!strncmp(name, interfaces[i].name, IFNAMSIZ)) return i;
+  return -1;
+}
+
+INTERPOSE unsigned if_nametoindex(const char *name) {
+  if (!process_on_node) return REAL(if_nametoindex)(name);
+  int i = interface_named(name);
+  if (i < 0) errno = ENODEV;
+  return (unsigned)(i + 1);
+}
+
+INTERPOSE char *if_indextoname(unsigned index, char name[IFNAMSIZ]) {
+  if (!process_on_node) return REAL(if_indextoname)(index, name);
+  if (index >= 1 && index <= INTERFACES) return memcpy(name, interfaces[index - 1].name, IFNAMSIZ);
+  errno = ENXIO;
+  return NULL;
+}
+
+/* Made of the pieces that the C library's if_freenameindex frees. */
+INTERPOSE struct if_nameindex *if_nameindex(void) {
+  if (!process_on_node) return REAL(if_nameindex)();
+  struct if_nameindex *list = calloc(INTERFACES + 1, sizeof *list);
+  for (unsigned i = 0; list && i < INTERFACES; i++) {
+    list[i] = (struct if_nameindex){i + 1, strdup(interfaces[i].name)};
+    if (list[i].if_name) continue;
+    if_freenameindex(list);
+    list = NULL;
+  }
+  if (!list) errno = ENOBUFS;
+  return list;
+}
+
+static int list_interfaces(struct ifconf *given) {
+  struct ifconf room;
+  if (!fault_copy(&room, given, sizeof room)) return -EFAULT;
+  struct ifreq all[INTERFACES] = {0};
+  int length = sizeof all;
+  if (room.ifc_buf) { /* as many as fit */
+    if (room.ifc_len < length) length = room.ifc_len / (int)sizeof *all * (int)sizeof *all;
+    for (int i = 0; i < INTERFACES; i++) {
+      struct sockaddr_in address = interface_address(i);
+      memcpy(all[i].ifr_name, interfaces[i].name, IFNAMSIZ);
+      memcpy(&all[i].ifr_addr, &address, sizeof address);
+    }
+    if (length > 0 && !fault_copy(room.ifc_buf, all, (size_t)length)) return -EFAULT;
+  }
+  return fault_copy(&given->ifc_len, &length, sizeof length) ? 0 : -EFAULT;
+}
+
+int names_ioctl(unsigned long request, void *argument) {
+  struct ifreq asked;
+  struct sockaddr_in address;
+  switch (request) {
+    case SIOCGIFCONF: return list_interfaces(argument);
+    case SIOCGIFNAME:
+    case SIOCGIFINDEX:
+    case SIOCGIFFLAGS:
+    case SIOCGIFADDR:
+    case SIOCGIFNETMASK:
+    case SIOCGIFHWADDR:
+    case SIOCGIFMTU:
+    case SIOCGIFMETRIC: break;
+    default: return -ENOTTY;
+  }
+  if (!fault_copy(&asked, argument, sizeof asked)) return -EFAULT;
+  int i = request == SIOCGIFNAME ? asked.ifr_ifindex - 1 : interface_named(asked.ifr_name);
+  if (i < 0 || i >= INTERFACES) return -ENODEV;
+  memset(&asked.ifr_ifru, 0, sizeof asked.ifr_ifru);
+  switch (request) {
+    case SIOCGIFNAME: /* the number stays */
+      asked.ifr_ifindex = i + 1;
+      memcpy(asked.ifr_name, interfaces[i].name, IFNAMSIZ);
+      break;
+    case SIOCGIFINDEX: asked.ifr_ifindex = i + 1; break;
+    case SIOCGIFFLAGS: asked.ifr_flags = interfaces[i].flags; break;
+    case SIOCGIFADDR:
+    case SIOCGIFNETMASK:
+      address = request == SIOCGIFADDR ? interface_address(i) : interface_mask(i);
+      memcpy(&asked.ifr_addr, &address, sizeof address);
+      break;
+    case SIOCGIFHWADDR: asked.ifr_hwaddr.sa_family = interfaces[i].hardware; break;
+    case SIOCGIFMTU: asked.ifr_mtu = 65536; break;
+  }
+  return fault_copy(argument, &asked, sizeof asked) ? 0 : -EFAULT;
 }

@@ -10,6 +10,7 @@
 
 #include <fcntl.h>
 #include <ifaddrs.h>
+#include <net/if.h>
 #include <netdb.h>
 #include <poll.h>
 #include <setjmp.h>
@@ -64,6 +65,7 @@ void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noret
   /* names */                                                                                                \
   X(getaddrinfo) X(gethostbyname) X(gethostbyname2) X(gethostbyname_r) X(gethostbyname2_r)                   \
   X(gethostbyaddr) X(gethostbyaddr_r) X(getnameinfo) X(gethostname) X(sethostname) X(uname) X(getifaddrs)    \
+  X(if_nametoindex) X(if_indextoname) X(if_nameindex)                                                        \
   /* processes and signals */                                                                                \
   X(syscall) X(execve) X(execvpe) X(fexecve) X(execveat) X(posix_spawn) X(posix_spawnp) X(sigaction)       \
   X(longjmp) X(_longjmp) X(siglongjmp) X(__longjmp_chk)

@@ -1,0 +1,8 @@
+/* names.h: what others ask of names.c. */
+#ifndef PRELOAD_NAMES_H
+#define PRELOAD_NAMES_H
+
+/* Questions about interfaces, on any socket, for a process on a node: the node's.  0, -errno; -ENOTTY: not one. */
+int names_ioctl(unsigned long request, void *argument);
+
+#endif
