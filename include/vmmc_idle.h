@@ -92,9 +92,11 @@ static inline bool vmmc_idle_poll(struct vmmc_idle *idle) {
 
 static inline void vmmc_idle_woken(struct vmmc_idle *idle) { idle->woken_ns = vmmc_now_ns(); }
 
-/* Wakes all who sleep on a word shared between processes.  Works through a read-only mapping too. */
-static inline long vmmc_futex_wake(const _Atomic uint32_t *word) {
-  return syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
+/* Wakes up to `count` of those, or all, who sleep on a word shared between processes.  Works through a read-only
+ * mapping too. */
+static inline long vmmc_futex_wake_some(const _Atomic uint32_t *word, int count) {
+  return syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0);
 }
+static inline long vmmc_futex_wake(const _Atomic uint32_t *word) { return vmmc_futex_wake_some(word, INT32_MAX); }
 
 #endif

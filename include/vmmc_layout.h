@@ -130,6 +130,7 @@ struct vmmc_app_slot {
   /* line 2: receive.  Writer: app. */
   _Alignas(VMMC_LINE) _Atomic uint64_t consumed; /* stream position up to which the app has read */
   _Atomic uint64_t watch;                        /* bit g: a change matters to wake group g */
+  _Atomic uint64_t exclusive;                    /* of those: it is enough to wake one of these (EPOLLEXCLUSIVE) */
   _Atomic uint32_t asleep_rx;                    /* threads that sleep on nic_slot.wake_rx */
 
   /* line 3: redirection, see "Redirection" below.  Writer: app. */
@@ -429,6 +430,7 @@ enum {
 struct vmmc_group_app { /* writer: app */
   _Atomic uint64_t wakers; /* bit w: a thread sleeps on event descriptor w for this group */
   _Atomic uint32_t asleep; /* threads that sleep on nic_header.group_wake[g] */
+  _Atomic uint32_t alone;  /* 1: all of them wait in one set: an event needs to wake one of them */
 };
 
 struct vmmc_app_header {

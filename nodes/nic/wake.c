@@ -17,10 +17,10 @@
 #define sigev_notify_thread_id _sigev_un._tid
 #endif
 
-static void wake_word(struct endpoint *e, _Atomic uint32_t *word) {
+static void wake_word(struct endpoint *e, _Atomic uint32_t *word, int count) {
   /* One writer, so load and store.  release: the woken one sees what it was woken for. */
   atomic_store_explicit(word, atomic_load_explicit(word, memory_order_relaxed) + 1, memory_order_release);
-  vmmc_futex_wake(word);
+  vmmc_futex_wake_some(word, count);
   COUNT(e, wakes, 1);
 }
 
@@ -92,11 +92,18 @@ void wake_waker(struct endpoint *e, uint32_t number) {
   }
 }
 
-static void wake_group(struct endpoint *e, uint32_t g) {
+/*
+ * False: nobody sleeps there.  Where all the sleepers wait in one set, one of them is woken, as in the kernel: it
+ * looks at the set before it does anything else, and wakes the next when it leaves something (readiness.c).
+ */
+static bool wake_group(struct endpoint *e, uint32_t g) {
   struct vmmc_group_app *group = &app_header(e)->group[g];
-  if (atomic_load(&group->asleep)) wake_word(e, &nic_header(e)->group_wake[g]);
-  for (uint64_t wakers = atomic_load(&group->wakers); wakers; wakers &= wakers - 1)
-    wake_waker(e, (uint32_t)__builtin_ctzll(wakers));
+  bool alone = atomic_load(&group->alone), asleep = atomic_load(&group->asleep);
+  if (asleep) wake_word(e, &nic_header(e)->group_wake[g], alone ? 1 : INT32_MAX);
+  if (asleep && alone) return true;
+  uint64_t wakers = atomic_load(&group->wakers);
+  for (uint64_t left = wakers; left; left = alone ? 0 : left & (left - 1)) wake_waker(e, (uint32_t)__builtin_ctzll(left));
+  return asleep || wakers;
 }
 
 void wake_slot(struct endpoint *e, uint32_t slot, int whom) {
@@ -107,32 +114,35 @@ void wake_slot(struct endpoint *e, uint32_t slot, int whom) {
   /* A program that is being detached may not say any more who sleeps. */
   bool all = e->wrong;
   if ((whom & WAKE_READERS) && (all || atomic_load_explicit(&a->asleep_rx, memory_order_relaxed)))
-    wake_word(e, &n->wake_rx);
+    wake_word(e, &n->wake_rx, INT32_MAX);
   if ((whom & WAKE_WRITERS) && (all || atomic_load_explicit(&a->asleep_tx, memory_order_relaxed)))
-    wake_word(e, &n->wake_tx);
-  uint64_t watch = atomic_load_explicit(&a->watch, memory_order_relaxed);
+    wake_word(e, &n->wake_tx, INT32_MAX);
+  /* acquire: a set that the watch speaks of has told before whether it is alone in its group */
+  uint64_t watch = atomic_load_explicit(&a->watch, memory_order_acquire);
   if (!watch) return;
   enter_event(e, slot);
-  for (; watch; watch &= watch - 1) wake_group(e, (uint32_t)__builtin_ctzll(watch));
+  uint64_t exclusive = watch & atomic_load_explicit(&a->exclusive, memory_order_relaxed);
+  for (watch &= ~exclusive; watch; watch &= watch - 1) wake_group(e, (uint32_t)__builtin_ctzll(watch));
+  while (exclusive && !wake_group(e, (uint32_t)__builtin_ctzll(exclusive))) exclusive &= exclusive - 1;
 }
 
 void wake_completion(struct endpoint *e) {
   if (e->dying) return;
   atomic_thread_fence(memory_order_seq_cst);
   if (atomic_load_explicit(&app_header(e)->asleep_completion, memory_order_relaxed))
-    wake_word(e, &nic_header(e)->wake_completion);
+    wake_word(e, &nic_header(e)->wake_completion, INT32_MAX);
 }
 
 void wake_notification(struct endpoint *e) {
   if (e->dying) return;
   atomic_thread_fence(memory_order_seq_cst);
   if (atomic_load_explicit(&app_header(e)->asleep_notification, memory_order_relaxed))
-    wake_word(e, &nic_header(e)->wake_notification);
+    wake_word(e, &nic_header(e)->wake_notification, INT32_MAX);
 }
 
 void wake_all(struct endpoint *e) {
-  wake_word(e, &nic_header(e)->wake_completion);
-  wake_word(e, &nic_header(e)->wake_notification);
-  for (uint32_t g = 0; g < VMMC_GROUPS; g++) wake_word(e, &nic_header(e)->group_wake[g]);
+  wake_word(e, &nic_header(e)->wake_completion, INT32_MAX);
+  wake_word(e, &nic_header(e)->wake_notification, INT32_MAX);
+  for (uint32_t g = 0; g < VMMC_GROUPS; g++) wake_word(e, &nic_header(e)->group_wake[g], INT32_MAX);
   for (uint32_t w = 0; w < VMMC_WAKERS; w++) wake_waker(e, w);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,12 @@ def test_blocked_calls_are_woken(two_nodes: Cluster) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.native
+def test_whom_an_event_wakes(two_nodes: Cluster, program: Callable[..., str]) -> None:
+    command = [program("waking")]
+    kernel = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (kernel.returncode, kernel.stdout, kernel.stderr) == (0, "ok\n", "")
+    node = two_nodes.node(0).run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (node.returncode, node.stdout, node.stderr) == (0, "ok\n", "")

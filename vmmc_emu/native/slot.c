@@ -142,6 +142,7 @@ static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint
   /* release: the NIC that sees the generation sees the rest */
   atomic_store_explicit(&a->generation, generation, memory_order_release);
   s->generation = generation;
+  atomic_store(&a->exclusive, atomic_load(&s->exclusive));
   atomic_store(&a->watch, atomic_load(&s->watch));
 }
 

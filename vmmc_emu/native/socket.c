@@ -74,7 +74,7 @@ struct vsocket *socket_new(int family) {
   s->bind_flags = s->flags = 0;
   s->error = 0;
   s->error_taken = 0;
-  s->watch = 0;
+  s->watch = s->exclusive = 0;
   s->readiness = NULL;
   memset(&s->local, 0, sizeof s->local);
   memset(&s->peer, 0, sizeof s->peer);
@@ -167,7 +167,11 @@ struct vsocket *socket_of_slot(struct endpoint *e, uint32_t slot) {
   return NULL;
 }
 
-void socket_set_watch(struct vsocket *s, uint64_t groups) {
+void socket_set_watch(struct vsocket *s, uint64_t groups, uint64_t exclusive) {
+  atomic_store(&s->exclusive, exclusive);
   atomic_store(&s->watch, groups);
-  if (s->generation && connection_usable(s)) atomic_store(&app_slot(s->endpoint, s->slot)->watch, groups);
+  if (!s->generation || !connection_usable(s)) return;
+  /* In between the NIC may wake one too many or, of exclusive sets that came just now, one of them. */
+  atomic_store(&app_slot(s->endpoint, s->slot)->exclusive, exclusive);
+  atomic_store(&app_slot(s->endpoint, s->slot)->watch, groups);
 }

@@ -44,7 +44,7 @@ struct vsocket {
   uint32_t flags;                               /* nodelay, keepalive … kept and given back */
   _Atomic int32_t error;                        /* SO_ERROR not yet taken, as errno */
   _Atomic uint32_t error_taken;                 /* the NIC's error was given out once */
-  _Atomic uint64_t watch;                       /* wake groups, as stored in the slot */
+  _Atomic uint64_t watch, exclusive;            /* wake groups, as stored in the slot */
   void *readiness;                              /* private to the readiness layer (epoll items) */
 
   /* private to this layer; connection.h says what its files share */
@@ -104,7 +104,7 @@ struct socket_edges socket_edges(struct vsocket *s);
 
 /* Sets the wake groups that want this socket's events (app_slot.watch), seq_cst; a socket without a
  * slot yet remembers them. */
-void socket_set_watch(struct vsocket *s, uint64_t groups);
+void socket_set_watch(struct vsocket *s, uint64_t groups, uint64_t exclusive);
 
 /* All that a thread which waits for this socket sleeps on (see wait.h): how many words.  One of them is for
  * what this process itself does to the socket; one without a slot has no other. */

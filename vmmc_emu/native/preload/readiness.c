@@ -35,30 +35,41 @@ void set_free(struct instance *set) {
   free(set);
 }
 
+/* Tells the NIC whether all who sleep on a group sleep in one set.  With routes held. */
+static void group_tell(uint32_t g) {
+  struct endpoint *e = endpoint_current();
+  if (e) atomic_store(&app_header(e)->group[g].alone, group_users[g] == 1);
+}
+
 static void group_take(struct instance *set) {
   if (set->has_group) return;
   uint32_t best = 0; /* groups are shared when there are more sets than groups: costs idle wakes */
   for (uint32_t g = 1; g < VMMC_GROUPS; g++)
     if (group_users[g] < group_users[best]) best = g;
   group_users[best]++;
+  group_tell(best); /* before a socket's watch says that the set hears of it */
   set->group = best;
   set->has_group = true;
 }
 
-/* Groups that want to hear of a file: of the sets it is in, and of the sets that those are in. */
-static uint64_t groups_of(const struct file *f, int depth) {
-  uint64_t groups = 0;
-  if (depth > 5) return 0; /* the kernel nests no deeper either */
+/* Groups that want to hear of a file: of the sets it is in, and of the sets that those are in; and apart from
+ * those the groups of which it is enough that one hears. */
+struct groups {
+  uint64_t each, one;
+};
+static void find_groups(const struct file *f, int depth, struct groups *groups) {
+  if (depth > 5) return; /* the kernel nests no deeper either */
   for (const struct item *i = f->items; i; i = i->file_next) {
-    if (i->set->has_group) groups |= 1ull << i->set->group;
-    if (i->set->file) groups |= groups_of(i->set->file, depth + 1);
+    if (i->set->has_group) *(i->events & EPOLLEXCLUSIVE ? &groups->one : &groups->each) |= 1ull << i->set->group;
+    if (i->set->file) find_groups(i->set->file, depth + 1, groups);
   }
-  return groups;
 }
 
 static void update_watch(struct file *f, int depth) {
   if (f->kind == FILE_SOCKET) {
-    socket_set_watch(f->socket, groups_of(f, 0));
+    struct groups groups = {0, 0};
+    find_groups(f, 0, &groups);
+    socket_set_watch(f->socket, groups.each | groups.one, groups.one & ~groups.each);
   } else if (f->kind == FILE_EPOLL && depth <= 5) {
     for (uint32_t n = 0; n < f->set->numbers_size; n++)
       for (struct item *i = f->set->numbers[n]; i; i = i->number_next) update_watch(i->file, depth + 1);
@@ -135,7 +146,10 @@ void set_remove(struct item *item) {
 void set_remove_all(struct instance *set) {
   for (uint32_t n = 0; n < set->numbers_size; n++)
     while (set->numbers[n]) set_remove(set->numbers[n]);
-  if (set->has_group) group_users[set->group]--;
+  if (set->has_group) {
+    group_users[set->group]--;
+    group_tell(set->group);
+  }
   set->has_group = false;
 }
 
@@ -185,14 +199,20 @@ static void waker_drain(int w) {
   (void)!REAL(syscall)(SYS_read, atomic_load(&wakers.fd[w]) - 1, &count, sizeof count);
 }
 
-/* Wakes the set's sleepers for something that no NIC tells them of. */
-static void kick(struct instance *set) {
+/* Wakes sleepers of the set for something that no NIC tells them of: one, or all. */
+static void kick(struct instance *set, int count) {
   if (!atomic_load(&set->sleepers)) return;
   atomic_fetch_add(&set->kicks, 1);
-  REAL(syscall)(SYS_futex, &set->kicks, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+  long woken = REAL(syscall)(SYS_futex, &set->kicks, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
   uint64_t one = 1;
-  for (uint64_t left = atomic_load(&set->wakers); left; left &= left - 1)
+  for (uint64_t left = atomic_load(&set->wakers); left && woken < count; left &= left - 1, woken++)
     (void)!REAL(syscall)(SYS_write, atomic_load(&wakers.fd[__builtin_ctzll(left)]) - 1, &one, sizeof one);
+}
+
+/* Something is left for others to report. */
+static void pass_on(struct instance *set) {
+  atomic_thread_fence(memory_order_seq_cst); /* listed before the look for sleepers, who look the other way round */
+  if (atomic_load(&set->listed)) kick(set, 1);
 }
 
 static void raise_item(struct item *item, bool with_kick, int depth) {
@@ -200,7 +220,7 @@ static void raise_item(struct item *item, bool with_kick, int depth) {
   critical_lock(&set->lock);
   if (!item->disabled) enlist(item);
   critical_unlock(&set->lock);
-  if (with_kick) kick(set);
+  if (with_kick) kick(set, INT_MAX);
   if (set->file && depth < 5)
     for (struct item *i = set->file->items; i; i = i->file_next) raise_item(i, with_kick, depth + 1);
 }
@@ -233,9 +253,10 @@ static void take_ring(struct endpoint *e) { /* with routes held */
     struct vsocket *s = socket_of_slot(e, slot);
     if (!s) continue;
     struct file *f = s->readiness;
-    /* Without a kick: the NIC has woken, or a sleeper's last look (under routes) will see the list. */
+    /* Without a kick: the NIC has woken one of the set's sleepers, or a sleeper's last look (under routes) will
+     * see the list.  Where sets share a group it may have been just before they did: then it woke any one. */
     if (f)
-      for (struct item *i = f->items; i; i = i->file_next) set_raise(i, false);
+      for (struct item *i = f->items; i; i = i->file_next) set_raise(i, group_users[i->set->group] > 1);
     socket_release(s);
   }
 }
@@ -318,6 +339,7 @@ int set_harvest(struct instance *set, struct epoll_event *events, int room) {
     else if (!(i->events & EPOLLET)) enlist(i); /* level-triggered: look again next time, after the others */
   }
   critical_unlock(&set->lock);
+  pass_on(set); /* as the kernel does it, also for what is level-triggered and was just reported */
   if (!fault || count) return count;
   errno = EFAULT;
   return -1;
@@ -381,6 +403,7 @@ struct set_sleeper {
   struct instance *set;
   struct vmmc_group_app *group; /* or NULL */
   int waker;                    /* or -1: it sleeps on words, or looks again by itself */
+  bool returns;                 /* to look at the set; else it is cancelled, or left by longjmp */
 };
 
 static void set_awake(void *sleeper) {
@@ -396,6 +419,9 @@ static void set_awake(void *sleeper) {
     atomic_fetch_sub(&s->group->asleep, 1);
   }
   atomic_fetch_sub(&s->set->sleepers, 1);
+  /* It may be the only one that was woken: what it was woken for is listed, and others look where it does not. */
+  set_look(s->set);
+  if (!s->returns) pass_on(s->set);
 }
 
 void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64_t deadline_ns,
@@ -416,13 +442,14 @@ void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64
   } else if (group) {
     atomic_fetch_add(&group->asleep, 1);
   }
-  struct set_sleeper sleeper = {set, group, waker};
+  struct set_sleeper sleeper = {set, group, waker, false};
   AT_END(awake, set_awake, &sleeper);
   if (!set_look(set) && !wait_interrupted(since, true)) {
     if (e) atomic_fetch_add_explicit(&app_header(e)->counters.app_sleeps, 1, memory_order_relaxed);
     if (on_words) wait_on_words(set, word, value, kicks, deadline_ns, since);
     else wait_in_poll(kernel ? kernel : none, kernel ? count : 0, deadline_ns, since, waker);
   }
+  sleeper.returns = true;
 }
 
 /* ---- files that end or change sides ---- */
