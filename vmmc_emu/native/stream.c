@@ -453,7 +453,8 @@ static void redirect_progress(struct redirected_receive *r) {
   const char *ring = default_buffer(s->endpoint, s->slot);
   struct iovec head = { r->destination + (at - r->position), from - at };
   struct iovec tail = { r->destination + (to - r->position), end - to };
-  /* These do not fail: the destination lies in the heap, which is the library's own memory. */
+  /* The memory was there when it was posted: a program that unmaps it in the middle of its own receive loses what
+   * would lie in it, as it loses what the NIC wrote there. */
   (void)copy_from_ring(ring, at, &(struct pieces){ &head, 1, 0 }, head.iov_len);
   (void)copy_from_ring(ring, to, &(struct pieces){ &tail, 1, 0 }, tail.iov_len);
   uint64_t copied = head.iov_len + tail.iov_len;
