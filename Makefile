@@ -6,11 +6,12 @@ BUILD = build/$(subst /,-,$(abspath $(VENV)))
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 export PYTHONNOUSERSITE = 1
 
-.PHONY: help build demo test soak clean
+.PHONY: help build demo test soak fuzz clean
 help:
 	@echo 'make demo    set up, then eight nodes with real programs talking across them'
 	@echo 'make test    set up, then all tests, lint, types and sanitizer builds'
 	@echo 'make soak    stress, and random socket calls beside the kernel, with ever new seeds, for MINUTES=10'
+	@echo 'make fuzz    programs that write anything into the memory they share with their NIC, for MINUTES=10'
 	@echo 'make build   set up the virtual environment $(VENV) and (re)install into it'
 	@echo 'make clean   remove what these made'
 
@@ -36,6 +37,9 @@ test: $(VENV)/.ready
 MINUTES ?= 10
 soak: build
 	VMMC_SOAK_MINUTES=$(MINUTES) $(VENV)/bin/pytest -s -x --timeout=0 tests/stress tests/differential
+
+fuzz: build
+	VMMC_FUZZ_MINUTES=$(MINUTES) $(VENV)/bin/pytest -s -x --timeout=0 tests/native/test_fuzz.py tests/hostile
 
 clean:
 	rm -rf build .tox $(VENV)

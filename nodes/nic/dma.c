@@ -38,10 +38,11 @@ static void on_fault(int signal_number, siginfo_t *info, void *context) {
   if (copying && info->si_code > 0) siglongjmp(fault, 1); /* from the kernel, and not from somebody's kill() */
   struct endpoint *e = owner_of(info->si_addr);
   int saved = errno;
-  if (e && !e->wrong &&
+  if (e && !e->replaced &&
       mmap(e->app, VMMC_APP_BYTES, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
            0) == (void *)e->app) {
-    e->wrong = "its memory is not there: its segment was truncated, or /dev/shm is full";
+    e->replaced = true;
+    if (!e->wrong) e->wrong = "its memory is not there: its segment was truncated, or /dev/shm is full";
     errno = saved;
     return; /* the load is done again, and finds zeros */
   }

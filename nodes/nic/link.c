@@ -193,9 +193,19 @@ void link_reply(struct link *link, const struct packet *p) {
   link->outbox_end = &entry->next;
 }
 
+static bool still_busy(const struct busy *b) {
+  struct endpoint *e = endpoint_find(b->index, b->serial);
+  struct connection *c = e ? connection_of(e, b->slot) : NULL;
+  return c && c->generation == b->generation && c->state == CONNECTION_BUSY;
+}
+
 void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot) {
-  if (link->busy_count == link->busy_size) {
-    uint32_t size = link->busy_size ? link->busy_size * 2 : 16;
+  if (link->busy_count == link->busy_size) { /* those that were closed while they waited make room */
+    uint32_t kept = 0, size = link->busy_size ? link->busy_size : 8;
+    for (uint32_t i = 0; i < link->busy_count; i++)
+      if (still_busy(&link->busy[i])) link->busy[kept++] = link->busy[i];
+    link->busy_count = kept;
+    if (kept >= size / 2 || !link->busy) size *= 2;
     struct busy *busy = realloc(link->busy, size * sizeof *busy);
     if (!busy) {
       connection_fail(e, slot, ETIMEDOUT);
@@ -204,17 +214,16 @@ void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot) {
     link->busy = busy;
     link->busy_size = size;
   }
-  link->busy[link->busy_count++] = (struct busy){ e->index, e->serial, slot };
+  link->busy[link->busy_count++] = (struct busy){ e->index, e->serial, slot, connection_of(e, slot)->generation };
 }
 
 static void link_retry(struct link *link, uint32_t flags) {
   uint32_t count = link->busy_count;
   link->busy_count = 0;
   for (uint32_t i = 0; i < count; i++) {
+    if (!still_busy(&link->busy[i])) continue;
     struct endpoint *e = endpoint_find(link->busy[i].index, link->busy[i].serial);
-    if (!e) continue;
     struct connection *c = connection_of(e, link->busy[i].slot);
-    if (c->state != CONNECTION_BUSY) continue;
     c->flags = (c->flags & ~(uint32_t)SAID_CONNECT) | flags;
     in_order();
     c->state = CONNECTION_CONNECTING;

@@ -12,7 +12,7 @@ struct outbox { /* answers that found no room */
   struct packet packet;
 };
 struct busy { /* a connection that waits for RETRY */
-  uint32_t index, serial, slot;
+  uint32_t index, serial, slot, generation;
 };
 
 struct link {

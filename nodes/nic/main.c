@@ -112,7 +112,7 @@ static bool have_work(void) {
   return stop || control_has_work() || log_has_work() || endpoints_have_work() || links_have_work();
 }
 
-int main(int count, char **argument) {
+void nic_start(int count, char **argument) {
   int control = parse(count, argument);
   fcntl(control, F_SETFD, FD_CLOEXEC);
   char title[16];
@@ -126,25 +126,32 @@ int main(int count, char **argument) {
   dma_start();
   if (!wake_start()) {
     log_event("error", "no timer: %s", strerror(errno));
-    return 1;
+    exit(1);
   }
   crash_start();
   take_over();
   control_start(control);
   log_event("info", "serving %s, pid %d, incarnation %u", nic.cluster, getpid(), atomic_load(&nic.pub->incarnation));
   control_say(VMMC_CONTROL_READY, 0, 0, getpid());
+}
 
+int nic_turn(void) {
+  int done = 0;
+  done += control_work();
+  done += log_work();
+  done += endpoints_work();
+  done += links_receive();
+  if (nic.unreliable_links) done += unreliable_links_work();
+  done += links_transmit();
+  done += give_back_work();
+  return done;
+}
+
+int main(int count, char **argument) {
+  nic_start(count, argument);
   struct vmmc_idle idle = { 0 };
   while (!stop) {
-    int done = 0;
-    done += control_work();
-    done += log_work();
-    done += endpoints_work();
-    done += links_receive();
-    if (nic.unreliable_links) done += unreliable_links_work();
-    done += links_transmit();
-    done += give_back_work();
-    if (done) {
+    if (nic_turn()) {
       vmmc_idle_begin(&idle);
     } else if (!vmmc_idle_poll(&idle)) {
       sleep_until_work(have_work, nic.unreliable_links ? unreliable_links_due() : UINT64_MAX);

@@ -79,6 +79,7 @@ struct endpoint {
   int32_t pid;
   bool dying; /* its process is gone: deliver, then free */
   const char *volatile wrong; /* why it is to be detached, NULL: nothing.  May be set by a signal handler */
+  volatile bool replaced;     /* its segment was not there and is private zeros now (dma.c) */
   bool complained;            /* the log has a line about nonsense in its segment: one is enough */
   char *app, *nic;
   int app_fd, nic_fd, own_fd; /* to commit pages */
@@ -138,6 +139,10 @@ static inline void in_order(void) { atomic_signal_fence(memory_order_seq_cst); }
     COUNT_NODE(name, n);                                          \
     COUNT_IN(&nic_header(endpoint)->counters, name, n);           \
   } while (0)
+
+/* ---- main.c ---- */
+void nic_start(int count, char **argument); /* ends the process when it cannot */
+int nic_turn(void);                         /* each duty once; returns how much was done */
 
 /* ---- log.c ---- */
 __attribute__((format(printf, 2, 3))) void log_event(const char *level, const char *format, ...);

@@ -1,0 +1,93 @@
+"""A program that writes anything into its segment, beside the firmware in one process: see fuzz.c.
+
+Twice: under AddressSanitizer and UndefinedBehaviorSanitizer, and so compiled that the segment changes between
+any two loads of the firmware's.  A few seconds with one seed; with VMMC_FUZZ_MINUTES (`make fuzz`) with
+another for so long.  Where clang is there, libFuzzer takes its part of the time.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+NIC = sorted((ROOT / "nodes/nic").glob("*.c"))
+FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-fno-strict-aliasing", "-O1", "-g", "-w", "-pthread"]
+INCLUDES = [f"-I{ROOT / 'include'}", f"-I{ROOT / 'vmmc_emu/native'}"]
+CHECKS = "-fsanitize=address,undefined"
+MINUTES = float(os.environ.get("VMMC_FUZZ_MINUTES", "0"))
+SECONDS = int(MINUTES * 60 / 3) if MINUTES else 8
+
+
+def build(directory: Path, how: str) -> Path:
+    """Compiles the firmware, whose main becomes nic_main, with the fuzzer."""
+    compiler = "clang" if how == "libfuzzer" else os.environ.get("CC", "cc")
+    firmware, own, more = {
+        "sanitizers": ([CHECKS, "-fno-sanitize-recover=all"], [CHECKS], []),
+        "fetches": (["-fsanitize=thread"], ["-DFETCHES"], ["fetches.c"]),
+        "libfuzzer": ([f"{CHECKS},fuzzer-no-link"], [f"{CHECKS},fuzzer", "-DLIBFUZZER"], []),
+    }[how]
+
+    def compile_one(source: Path) -> str:
+        made = directory / f"{source.stem}.o"
+        flags = [*firmware, "-Dmain=nic_main"] if source in NIC else own
+        subprocess.run([compiler, *FLAGS, *INCLUDES, *flags, "-c", str(source), "-o", str(made)], check=True)
+        return str(made)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, [*NIC, HERE / "fuzz.c", *(HERE / name for name in more)]))
+    binary = directory / "fuzz"
+    link = [flag for flag in own if flag.startswith("-fsanitize")]
+    wrapped = "-Wl,--wrap=mmap,--wrap=munmap"
+    subprocess.run([compiler, "-pthread", *link, *objects, wrapped, "-o", str(binary)], check=True)
+    return binary
+
+
+@pytest.fixture(scope="module", params=["sanitizers", "fetches"])
+def fuzz(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fuzzer."""
+    return build(tmp_path_factory.mktemp("fuzz"), str(request.param))
+
+
+def run(fuzz: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs it; what it says is in the report of a failing test."""
+    environment = os.environ | {
+        "ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return subprocess.run(
+        [str(fuzz), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=SECONDS + 100, check=False,
+    )  # fmt: skip
+
+
+def test_what_was_found(fuzz: Path) -> None:
+    """Each thing that was found once: the NIC goes on, and the honest program notices nothing."""
+    done = run(fuzz, "all")
+    assert done.returncode == 0, done.stdout
+    assert "accept-inside-an-entry" in done.stdout
+
+
+@pytest.mark.timeout(0)
+def test_anything(fuzz: Path) -> None:
+    """Random steps: nothing is found."""
+    seed = secrets.randbelow(1 << 30) if MINUTES else 1
+    done = run(fuzz, str(seed), str(SECONDS))
+    assert done.returncode == 0, done.stdout
+    assert "nothing found" in done.stdout
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.skipif(not MINUTES or not shutil.which("clang"), reason="make fuzz, where clang is installed")
+def test_libfuzzer(tmp_path: Path) -> None:
+    """The same steps, chosen by coverage."""
+    binary = build(tmp_path, "libfuzzer")
+    done = run(binary, f"-max_total_time={SECONDS}", "-max_len=1000", "-rss_limit_mb=0", "-detect_leaks=0")
+    assert done.returncode == 0, done.stdout
