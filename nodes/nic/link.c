@@ -245,12 +245,13 @@ static void link_retell(struct link *link) {
   link_retry(link, CONNECT_AGAIN);
 }
 
-/* The peer could not reach us for so long that it has given up all that was under way, answers included. */
+/* The peer could not reach us for so long that it has given up all that was under way, answers included.  Our
+ * programs hear of it what its programs did. */
 static void link_given_up(struct link *link) {
-  log_event("warning", "node%u had given this node up: its connections are reset", link->node);
+  log_event("warning", "node%u had given this node up: connections with it end", link->node);
   for (uint32_t i = 0; i < nic.live_count; i++) {
     struct endpoint *e = nic.endpoint[nic.live[i]];
-    connections_given_up(e, link->node, ECONNRESET, true);
+    connections_given_up(e, link->node, ETIMEDOUT, true);
     command_retell(e, link->node);
   }
   link_retry(link, CONNECT_AGAIN);
