@@ -389,6 +389,7 @@ struct vmmc_app_counters {
 /* One set a link, in the segment of the NIC that counts. */
 #define VMMC_LINK_COUNTERS(X)                                                        \
   /* of the wire that leads here: what it did */                                     \
+  X(wire_changes, "times that the wire became another")                              \
   X(wire_packets, "packets that entered the wire, acknowledgements included")        \
   X(wire_dropped, "packets that the wire lost")                                      \
   X(wire_corrupted, "packets in which the wire flipped bits")                        \

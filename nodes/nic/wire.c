@@ -48,6 +48,7 @@ void wire_set(const struct vmmc_control_wire *settings) {
   if (!link) return; /* link_to() will look */
   wire_publish(link);
   retransmit_update(link, true);
+  COUNT_LINK(link, wire_changes, 1);
 }
 
 static uint64_t mix(uint64_t x) { /* splitmix64: Steele, Lea, Flood: Fast splittable pseudorandom number generators */

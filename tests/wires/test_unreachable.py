@@ -105,7 +105,10 @@ def test_senders_receivers_and_connects_are_told_and_others_go_on(
     other.process.kill()
     (how, _count) = bystander.result(TIMEOUT_S)[0]
     assert how == "end"
+    changes = {pair: observe.link_counters(cluster.name, *pair)["wire_changes"] for pair in cut}
     change(cluster, {}, *cut)
+    while any(observe.link_counters(cluster.name, *pair)["wire_changes"] == changes[pair] for pair in cut):
+        pass
     receiver = cluster.node(2).submit(receive_until_told, PORT)
     cluster.node(2).wait_for_port(PORT)
     assert cluster.node(1).python(connect, "node2", PORT) == 0
@@ -122,7 +125,10 @@ def test_a_transfer_to_a_node_that_is_given_up_fails_and_a_later_one_arrives(clu
         target = here.import_(5, "buffer")
         source = here.alloc(4096)
         source[:] = b"1" * 4096
+        changes = observe.link_counters(cluster.name, 4, 5)["wire_changes"]
         change(cluster, CUT, (4, 5))
+        while observe.link_counters(cluster.name, 4, 5)["wire_changes"] == changes:
+            pass
         # An OSError whose errno is ETIMEDOUT is a TimeoutError: so that it is not our own, no time is named.
         with pytest.raises(TimeoutError):
             target.send(source)
@@ -140,6 +146,12 @@ def test_a_transfer_to_a_node_that_is_given_up_fails_and_a_later_one_arrives(clu
 def test_a_node_is_cut_off_before_it_ever_talked(cluster: Cluster) -> None:
     """The first word to a node goes over the wire as well; and so does the first word afterwards."""
     change(cluster, CUT, (6, 7), (7, 6))
+    for node in (6, 7):
+        while "is cut" not in cluster.node(node).logs():
+            pass
     assert cluster.node(6).python(connect, "node7", PORT) == errno.ETIMEDOUT
     change(cluster, {}, (6, 7), (7, 6))
+    for node in (6, 7):
+        while "is perfect" not in cluster.node(node).logs():
+            pass
     assert cluster.node(6).python(connect, "node7", PORT) == errno.ECONNREFUSED
