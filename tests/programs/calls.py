@@ -472,17 +472,17 @@ class Machine:
         """The call, blocking for a little."""
         if s.blocked and s.blocked.result is None:
             return "(busy)"
-        time = struct.pack("ll", 0, 2000), struct.pack("ll", 0, 0)
+        on, off = struct.pack("ll", 0, 2000), struct.pack("ll", 0, 0)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             with s.borrowed() as sock:
-                sock.setsockopt(socket.SOL_SOCKET, option, time[0])
+                sock.setsockopt(socket.SOL_SOCKET, option, on)
         s.block(True)
         try:
             return self.blocked_send(s) if name == "send" else getattr(self, name)(s, *arguments)
         finally:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 with s.borrowed() as sock:
-                    sock.setsockopt(socket.SOL_SOCKET, option, time[1])
+                    sock.setsockopt(socket.SOL_SOCKET, option, off)
             s.block(False)
 
     # ---- ends ----
@@ -591,6 +591,9 @@ class Machine:
             return "(full)"
         if request == termios.TIOCOUTQ and s.info[0] == CLOSE:
             return "(over)"  # a difference of sequence numbers, of which nothing is left
+        end = time.monotonic() + WAIT_S
+        while request == termios.TIOCOUTQ and s.unsent and time.monotonic() < end:
+            self.settle()  # the end counts as well, until it is acknowledged
         return s.ioctl(request)
 
     def status(self, s: Socket) -> object:

@@ -643,6 +643,7 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
   struct receive r = { .socket = s, .to = { vector, count, 0 }, .flags = flags };
   r.length = pieces_length(vector, count);
   uint64_t deadline = 0; /* read from the clock only when it is needed */
+  int late = -EAGAIN;
   uint32_t dissolved = atomic_load_explicit(&s->dissolved, memory_order_relaxed);
   for (;;) {
     uint64_t target = receive_target(&r);
@@ -651,13 +652,17 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
     ssize_t n = connection_was_dissolved(s, dissolved) ? (r.got ? (ssize_t)r.got : -EPIPE) : receive_look(&r);
     critical_unlock(&s->receive_lock);
     if (n != -EAGAIN) return n;
-    if (flags & MSG_DONTWAIT) return -EAGAIN;
+    if (r.flags & MSG_DONTWAIT) return late;
     if (!deadline) deadline = connection_deadline(s->receive_timeout_ns);
     bool redirected = r.redirecting;
     int waited = receive_wait(&r, deadline);
     if (!r.length && !connection_was_dissolved(s, dissolved)) return 0; /* Linux: waits, whatever for, and looks no more */
     if (redirected && r.got - before >= target) return (ssize_t)r.got;
-    if (waited) return r.got ? (ssize_t)r.got : waited == -ETIMEDOUT ? -EAGAIN : waited;
+    if (!waited) continue;
+    if (r.got) return (ssize_t)r.got;
+    /* Less than was waited for may be there: one more look, for anything. */
+    r.flags |= MSG_DONTWAIT;
+    late = waited == -ETIMEDOUT ? -EAGAIN : waited;
   }
 }
 
