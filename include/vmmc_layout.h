@@ -376,6 +376,7 @@ enum { VMMC_UTLB_VALID = 1 };
   X(utlb_unpins, "pages unpinned to stay within the bound")                            \
   X(redirections_posted, "redirections posted")                                        \
   X(redirections_cancelled, "redirections cancelled before they were full")            \
+  X(epoll_looks, "sockets that calls of epoll_wait looked at, of all those watched")     \
   X(app_sleeps, "times a thread of the program slept in a socket or VMMC call")
 
 #define VMMC_COUNTER_FIELD(name, meaning) _Atomic uint64_t name;

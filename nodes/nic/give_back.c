@@ -54,7 +54,8 @@ static void give_back_places(struct endpoint *e, uint32_t slot, uint64_t from, u
 
 void give_back_unused(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
-  uint64_t from = c->consumed / VMMC_PAGE * VMMC_PAGE, to = (c->told + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
+  uint64_t end = c->state == CONNECTION_LISTENING ? c->placed : c->told;
+  uint64_t from = c->consumed / VMMC_PAGE * VMMC_PAGE, to = (end + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
   if (to - from >= VMMC_RING) return;
   /* All of [from, to) was committed when it was told.  The bounds go before the pages, and in such an order that
    * a successor never takes a page for allocated that is not. */
@@ -126,8 +127,13 @@ static bool settle(struct endpoint *e, uint32_t slot, bool *quiet) {
     return false;
   }
   if (free) give_back_all(e, slot);
-  if (c->state != CONNECTION_ESTABLISHED || e->dying || h.consumed < c->consumed) return true;
-  if (c->placed == h.consumed) c->consumed = h.consumed;
+  if (e->dying || h.consumed < c->consumed || h.consumed > c->placed) return true;
+  if (c->state == CONNECTION_LISTENING) {
+    c->consumed = h.consumed;
+    give_back_unused(e, slot);
+  }
+  if (c->state != CONNECTION_ESTABLISHED) return true;
+  c->consumed = h.consumed;
   if (connection_wants_to_say(e, slot, &h)) { /* credit for which there was no memory, say */
     connection_enqueue(e, slot);
     return false;

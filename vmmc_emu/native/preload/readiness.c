@@ -316,6 +316,8 @@ static bool set_is_ready(struct instance *set, int depth) {
 }
 
 int set_harvest(struct instance *set, struct epoll_event *events, int room) {
+  struct endpoint *e = endpoint_current();
+  uint32_t looks = 0;
   int count = 0;
   bool fault = false;
   critical_lock(&set->lock);
@@ -324,6 +326,7 @@ int set_harvest(struct instance *set, struct epoll_event *events, int room) {
     struct item *i = set->first;
     struct socket_edges edges = {0, 0};
     uint32_t ready = would_report(i, &edges, 0);
+    looks++;
     unlist(i);
     if (!ready) continue;
     struct epoll_event event = {.events = ready, .data = i->data};
@@ -339,6 +342,7 @@ int set_harvest(struct instance *set, struct epoll_event *events, int room) {
     else if (!(i->events & EPOLLET)) enlist(i); /* level-triggered: look again next time, after the others */
   }
   critical_unlock(&set->lock);
+  if (looks && e) atomic_fetch_add_explicit(&app_header(e)->counters.epoll_looks, looks, memory_order_relaxed);
   pass_on(set); /* as the kernel does it, also for what is level-triggered and was just reported */
   if (!fault || count) return count;
   errno = EFAULT;

@@ -1,0 +1,152 @@
+"""SO_SNDBUF and SO_RCVBUF: what they say, and what they do."""
+
+from __future__ import annotations
+
+import select
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vmmc_emu import Cluster
+
+TIMEOUT_S = 30
+
+
+def told(name: int, values: list[int]) -> list[int]:
+    """What getsockopt says of a buffer that was set to each of the values."""
+    said = []
+    for value in values:
+        with socket.socket() as each:
+            each.setsockopt(socket.SOL_SOCKET, name, value)
+            said.append(each.getsockopt(socket.SOL_SOCKET, name))
+    return said
+
+
+@pytest.mark.parametrize("name", [socket.SO_SNDBUF, socket.SO_RCVBUF])
+def test_told_as_the_kernel_tells(two_nodes: Cluster, name: int) -> None:
+    """Doubled, and within the same bounds."""
+    values = [-1, 0, 1, 1000, 2303, 2304, 5000, 65536, 212_992, 300_000, 1 << 30]
+    assert two_nodes.node(0).python(told, name, values) == told(name, values)
+
+
+def pair(receive: int, send: int) -> tuple[socket.socket, socket.socket, socket.socket]:
+    """A listener with these buffers, a client that sets its own, and what was accepted."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send)
+    listener.bind(("0.0.0.0", 0))
+    listener.listen()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    client.connect(("127.0.0.1", listener.getsockname()[1]))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send)  # connected already
+    accepted, _ = listener.accept()
+    return listener, client, accepted
+
+
+def fill(sender: socket.socket, least: int) -> int:
+    """Writes until at least so many bytes were accepted and no more are; how many were."""
+    sender.setblocking(False)
+    deadline = time.monotonic() + TIMEOUT_S
+    sent, full = 0, False
+    while sent < least or not full:
+        assert time.monotonic() < deadline, sent
+        try:
+            sent += sender.send(bytes(100))
+            full = False
+        except BlockingIOError:
+            full = True
+    return sent
+
+
+def read(reader: socket.socket, count: int) -> None:
+    reader.settimeout(TIMEOUT_S)
+    while count:
+        count -= len(reader.recv(count))
+
+
+def bounded(receive: int, send: int) -> list[tuple[int, list[bool], list[bool]]]:
+    """For both directions: bytes that were accepted unread; whether it could be written to then, by level and
+    by edge; and once everything was read, with what edges there were after that."""
+    listener, client, accepted = pair(receive, send)
+    buffers = [accepted.getsockopt(socket.SOL_SOCKET, name) for name in (socket.SO_RCVBUF, socket.SO_SNDBUF)]
+    assert buffers == [2 * receive, 2 * send]  # the listener's
+    found = []
+    for sender, reader in ((client, accepted), (accepted, client)):
+        poll, edges = select.poll(), select.epoll()
+        poll.register(sender, select.POLLOUT)
+        edges.register(sender, select.EPOLLOUT | select.EPOLLET)
+        # The receiver's buffer and the sender's; what the sender knows of the first may lag by a quarter of
+        # its own.
+        sent = fill(sender, receive + send - send // 4)
+        full = [bool(poll.poll(0)), bool(edges.poll(0))]
+        read(reader, sent)
+        emptied = [bool(edges.poll(TIMEOUT_S)), bool(poll.poll(0)), bool(edges.poll(0))]
+        found.append((sent, full, emptied))
+        edges.close()
+    for each in (listener, client, accepted):
+        each.close()
+    return found
+
+
+@pytest.mark.parametrize(("receive", "send"), [(4096, 8192), (8192, 2304), (20_000, 100_000)])
+def test_bound_what_is_on_its_way(two_nodes: Cluster, receive: int, send: int) -> None:
+    """A sender that nobody reads from fills the two buffers; inherited by accepted sockets."""
+    for sent, when_full, when_emptied in two_nodes.node(0).python(bounded, receive, send):
+        assert receive + send - send // 4 <= sent <= receive + send
+        assert when_full == [False, False]
+        assert when_emptied == [True, True, False]
+
+
+def writes_without_a_reader() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+        client.sendall(bytes(range(256)) * 2048)
+        received = b""
+        while len(received) < 256 * 2048:
+            received += accepted.recv(1 << 20)
+        assert received == bytes(range(256)) * 2048
+        client.close()
+        accepted.close()
+        return len(received)
+
+
+def test_half_a_megabyte_unread(two_nodes: Cluster) -> None:
+    """As over the kernel, one thread can write to itself and read later."""
+    assert two_nodes.node(0).python(writes_without_a_reader) == 256 * 2048
+
+
+def abandon(host: str, port: int) -> int:
+    """Writes what nobody reads yet, and ends without closing anything."""
+    return fill(socket.create_connection((host, port)), 1 << 20)
+
+
+LATE_READER = """
+import socket
+listener = socket.create_server(("0.0.0.0", 0))
+print(listener.getsockname()[1], flush=True)
+connection = listener.accept()[0]
+input()
+count = 0
+while data := connection.recv(1 << 16):
+    count += len(data)
+print(count, flush=True)
+"""
+
+
+def test_what_was_accepted_arrives_after_death(two_nodes: Cluster) -> None:
+    """Bytes for which the reader has no room yet outlive the program that wrote them."""
+    with two_nodes.node(0).popen(
+        [sys.executable, "-c", LATE_READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdout is not None
+        try:
+            written = two_nodes.node(1).python(abandon, "node0", int(reader.stdout.readline()))
+            found, _ = reader.communicate("read\n", timeout=TIMEOUT_S)
+            assert int(found) == written
+        finally:
+            reader.kill()
