@@ -25,6 +25,9 @@ static bool sweeping, look_at_clock;
 
 uint64_t give_back_due_ns(void) {
   look_at_clock = true; /* whoever asks is about to sleep until then */
+  bool held = false; /* nothing may be, any more: its endpoints are gone */
+  for (uint32_t i = 0; i < nic.live_count; i++) held |= nic.endpoint[nic.live[i]]->first_held != 0;
+  if (!held) due_ns = 0;
   return due_ns;
 }
 
