@@ -1,6 +1,6 @@
 """Servers and clients that nobody here wrote, under load: many connections at once, and every answer checked.
 
-`tox run -e load` does more of everything, and runs tests/load/test_connections.py too.
+`tox run -e load` does more of everything, and runs tests/sockets/test_connections.py with 10,000.
 """
 
 from __future__ import annotations
