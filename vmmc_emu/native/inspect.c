@@ -130,15 +130,22 @@ static int counters_fill(const uint64_t *values, struct vmmc_counter *counters, 
 }
 
 int vmmc_node_counters(const char *cluster, uint32_t node, struct vmmc_counter *counters, int most) {
+  enum { TRIES = 100 };
   struct vmmc_pub pub;
-  if (!pub_read(cluster, node, &pub)) return -1;
   uint64_t values[COUNTERS];
+  int tries = 0;
+again:
+  if (!pub_read(cluster, node, &pub)) return -1;
   memcpy(values, &pub.counters, sizeof pub.counters);
   memcpy(values + NIC_COUNTERS, &pub.retired, sizeof pub.retired);
   for (int i = 0; i < VMMC_ENDPOINTS_MAX; i++) {
     uint32_t serial = atomic_load_explicit(&pub.endpoint[i], memory_order_relaxed);
     struct vmmc_app_header header;
-    if (!serial || !app_header_read(cluster, node, serial, &header)) continue;
+    if (!serial) continue;
+    if (!app_header_read(cluster, node, serial, &header)) {
+      if (++tries < TRIES) goto again; /* it has gone meanwhile: what it counted is among the retired */
+      continue;
+    }
     uint64_t of_app[APP_COUNTERS];
     memcpy(of_app, &header.counters, sizeof of_app);
     for (int c = 0; c < APP_COUNTERS; c++) values[NIC_COUNTERS + c] += of_app[c];
