@@ -10,7 +10,8 @@ export PYTHONNOUSERSITE = 1
 help:
 	@echo 'make demo    set up, then eight nodes with real programs talking across them'
 	@echo 'make test    set up, then all tests, lint, types and sanitizer builds'
-	@echo 'make soak    stress, and random socket calls beside the kernel, with ever new seeds, for MINUTES=10'
+	@echo 'make soak    random kills of everything, stress, and random socket calls beside the kernel, with ever'
+	@echo '             new seeds, each for MINUTES=10'
 	@echo 'make fuzz    programs that write anything into the memory they share with their NIC, for MINUTES=10'
 	@echo 'make build   set up the virtual environment $(VENV) and (re)install into it'
 	@echo 'make clean   remove what these made'

@@ -5,15 +5,25 @@
  * and linked with these functions instead of the sanitizer's.  Each process counts down from a number of
  * stores that it draws at its start, small ones as often as large ones, so that some die while they recover.
  *
+ * Copies of payload are such points, too, every few pages (memcpy, pwrite; linked with --wrap).
+ *
+ * MORTAL_TURNS: a file with a number, at first 0.  A NIC of the name MORTAL_NIC takes it and leaves it one higher;
+ * with it as n it dies at the n-th of these points that comes once it begins to copy payload, and else not.  So
+ * each step of copying and acknowledging is a NIC's last one in its turn, up to MORTAL_MOST of them.
+ * Without it:
  * MORTAL_SEED: with the process id, what it draws from.  MORTAL_LIVES: the exponent of the most stores.
  * MORTAL_UNTIL: those that start after this second live.
  */
+#include <fcntl.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -21,6 +31,47 @@ static uint64_t left;
 
 static void may_die(void) {
   if (left && --left == 0) kill(getpid(), SIGKILL);
+}
+
+static void take_turn(void) {
+  static bool taken;
+  const char *turns = getenv("MORTAL_TURNS"), *who = getenv("MORTAL_NIC"), *most = getenv("MORTAL_MOST");
+  char name[16] = "";
+  if (taken || !turns || !who || !most) return;
+  taken = true;
+  prctl(PR_GET_NAME, name);
+  int fd = strcmp(name, who) ? -1 : open(turns, O_RDWR);
+  if (fd < 0) return;
+  uint64_t *number = mmap(NULL, sizeof *number, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  close(fd);
+  if (number == MAP_FAILED) return;
+  uint64_t n = __atomic_add_fetch(number, 1, __ATOMIC_SEQ_CST);
+  if (n <= (uint64_t)atoll(most)) left = n;
+}
+
+enum { PAYLOAD = 1024, PIECE = 8192 };
+
+void *__real_memcpy(void *, const void *, size_t);
+void *__wrap_memcpy(void *, const void *, size_t);
+void *__wrap_memcpy(void *to, const void *from, size_t length) {
+  if (length < PAYLOAD) return __real_memcpy(to, from, length);
+  take_turn();
+  for (size_t at = 0; at < length; at += PIECE) {
+    may_die();
+    __real_memcpy((char *)to + at, (const char *)from + at, length - at < PIECE ? length - at : PIECE);
+  }
+  may_die();
+  return to;
+}
+
+ssize_t __real_pwrite(int, const void *, size_t, off_t);
+ssize_t __wrap_pwrite(int, const void *, size_t, off_t);
+ssize_t __wrap_pwrite(int fd, const void *from, size_t length, off_t at) {
+  if (length >= PAYLOAD) take_turn();
+  may_die();
+  ssize_t written = __real_pwrite(fd, from, length < PIECE ? length : PIECE, at); /* less than was asked for may be */
+  may_die();
+  return written;
 }
 
 static uint64_t mix(uint64_t x) { /* splitmix64 */
@@ -35,6 +86,7 @@ void __tsan_init(void) {
   static bool drawn;
   const char *seed = getenv("MORTAL_SEED"), *lives = getenv("MORTAL_LIVES"),
              *until = getenv("MORTAL_UNTIL");
+  if (getenv("MORTAL_TURNS")) return;
   if (drawn || (until && time(NULL) > atoll(until))) return;
   drawn = true;
   uint64_t random = mix(mix((uint64_t)(seed ? atoll(seed) : 0)) ^ (uint64_t)getpid());

@@ -10,6 +10,8 @@
  *
  * STRESS_KILL=1: a load kills itself when it has written all of an exchange.  STRESS_BACKLOG: of a server.
  * STRESS_SCALE: a load moves fewer than 2^this bytes (20) each way.
+ * STRESS_VICTIM=1: a load is killed by somebody at any moment; its servers accept that it ends early.
+ * STRESS_TOLERANT=1: a load's servers are killed; it accepts that, and that none is there.
  * STRESS_ALARM_US: SIGALRM so often; STRESS_RESTART=1: with SA_RESTART.
  */
 #include <arpa/inet.h>
@@ -34,6 +36,7 @@ enum ending {
   END_CLEAN,  /* both sides shut down and read to the end */
   END_UNREAD, /* the client closes before it has read all */
   END_KILL,   /* the client's process is killed once all is written */
+  END_VICTIM, /* it is killed at any moment */
 };
 enum how { BLOCK, POLL, SELECT, LEVEL, EDGE };
 enum { BLOCK_BYTES = 48 * 1024, PATIENCE_S = 30 };
@@ -106,9 +109,21 @@ static void check(struct side *s, const uint8_t *block, uint64_t length) {
 
 static bool may_break(const struct side *s) { return s->server && s->header.ending != END_CLEAN; }
 
+static bool tolerant; /* the servers of this load are killed */
+
+/* The other side may have been killed at any moment: it may end anywhere, yet no byte may differ. */
+static bool may_vanish(const struct side *s) {
+  if (!s->server) return tolerant;
+  return s->read < sizeof s->header || s->header.ending == END_VICTIM;
+}
+
 /* The connection broke, or the stream ended: was that to be? */
 static void read_ended(struct side *s, int error) {
   s->read_end = true;
+  if (may_vanish(s) && (!error || error == ECONNRESET || error == EPIPE)) {
+    if (error || s->read != s->to_read) s->failed = s->write_end = true;
+    return;
+  }
   if (error) {
     s->failed = true;
     errno = error;
@@ -157,7 +172,7 @@ static bool write_some(struct side *s) {
     if (n < 0 && errno == EAGAIN) return false;
     progress++;
     if (n < 0) {
-      if (!may_break(s) || (errno != EPIPE && errno != ECONNRESET)) stop("write", s);
+      if (!(may_break(s) || may_vanish(s)) || (errno != EPIPE && errno != ECONNRESET)) stop("write", s);
       s->failed = s->write_end = true;
       return true;
     }
@@ -166,7 +181,7 @@ static bool write_some(struct side *s) {
   if (s->written < s->to_write || (s->server && s->read < sizeof s->header)) return true;
   if (!s->server && s->header.ending == END_KILL) raise(SIGKILL);
   s->write_end = true;
-  if (shutdown(s->fd, SHUT_WR) < 0 && !may_break(s)) stop("shutdown", s);
+  if (shutdown(s->fd, SHUT_WR) < 0 && !may_break(s) && !may_vanish(s)) stop("shutdown", s);
   return true;
 }
 
@@ -197,6 +212,7 @@ static void begin_client(struct side *s, enum how how, uint64_t number) {
   uint64_t scale = 1ull << next(&s->state) % scale_end;
   s->header = (struct header){ seed * 1000003 + number * 2, next(&s->state) % scale, next(&s->state) % scale,
                                (uint32_t)(next(&s->state) % END_KILL), MAGIC };
+  if (getenv("STRESS_VICTIM")) s->header.ending = END_VICTIM;
   if (getenv("STRESS_KILL")) s->header.ending = END_KILL, s->header.back = 0;
   s->to_read = s->header.back;
   s->to_write = sizeof s->header + s->header.there;
@@ -214,14 +230,27 @@ static void begin_client(struct side *s, enum how how, uint64_t number) {
     getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &size);
   }
   s->connecting = error == EINPROGRESS || error == EALREADY;
+  if (tolerant && (error == ECONNREFUSED || error == ECONNRESET)) {
+    close(s->fd);
+    s->fd = -1;
+    progress++;
+    usleep(20000); /* until there is a server again */
+    return;
+  }
   if (error && !s->connecting) errno = error, stop("connect", s);
 }
 
 static void connected(struct side *s) {
   int error;
   socklen_t size = sizeof error;
-  if (getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0 || error) errno = error, stop("connect", s);
+  if (getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0) stop("getsockopt", s);
   s->connecting = false;
+  if (tolerant && (error == ECONNREFUSED || error == ECONNRESET)) {
+    s->failed = true;
+    usleep(20000);
+  } else if (error) {
+    errno = error, stop("connect", s);
+  }
 }
 
 static void begin_server(struct side *s, int fd, enum how how) {
@@ -266,6 +295,7 @@ struct loop {
 
 static bool step(struct side *s, bool edge) {
   if (s->connecting) return false;
+  if (s->failed) return true;
   bool any = false;
   do {
     any = read_some(s);
@@ -385,6 +415,7 @@ static void run_loop(struct loop *l) {
     unsigned i;
     for (struct side *s; l->first < l->end && (s = vacant(l, &i)); l->first += l->step) {
       begin_client(s, l->how, l->first);
+      if (s->fd < 0) continue;
       l->count++;
       if (l->how >= LEVEL) watch(l, i);
     }
@@ -440,7 +471,7 @@ static void *load(void *argument) {
   for (uint64_t i = w->first; i < w->end; i += w->step) {
     struct side s;
     begin_client(&s, BLOCK, i);
-    run_blocking(&s);
+    if (s.fd >= 0) run_blocking(&s);
   }
   return NULL;
 }
@@ -510,6 +541,7 @@ int main(int count, char **argument) {
   uint64_t total = strtoull(argument[4], NULL, 10);
   unsigned at_once = (unsigned)atoi(argument[5]);
   target_count = (unsigned)count - 7;
+  tolerant = getenv("STRESS_TOLERANT");
   if (getenv("STRESS_SCALE")) scale_end = strtoull(getenv("STRESS_SCALE"), NULL, 10) + 1;
   targets = calloc(target_count, sizeof *targets);
   for (unsigned i = 0; i < target_count; i++) {

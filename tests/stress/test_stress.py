@@ -11,6 +11,7 @@ import random
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOAK_S = float(os.environ.get("VMMC_SOAK_MINUTES", "0")) * 60
 WAYS = ("block", "poll", "select", "level", "edge")  # of waiting
 PORT = 7000
-TESTS = 8  # that share the time of a soak
+TESTS = 10  # that share the time of a soak
 TIMEOUT_S = 100
 
 Program = Callable[..., str]
@@ -204,7 +205,7 @@ def mortal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def compile_one(source: Path) -> str:
         made = directory / f"{source.stem}.o"
-        instrument = [] if source.stem == "mortal" else ["-fsanitize=thread"]
+        instrument = [] if source.stem == "mortal" else ["-fsanitize=thread", "-fno-builtin-memcpy"]
         command = [*compiler, *instrument, f"-I{ROOT / 'include'}", "-c", str(source), "-o", str(made)]
         subprocess.run(command, check=True)
         return str(made)
@@ -212,7 +213,8 @@ def mortal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [*sorted((ROOT / "nodes/nic").glob("*.c")), ROOT / "tests/native/mortal.c"]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sources))
-    subprocess.run([*compiler, *objects, "-o", str(directory / "native/vmmc-nic")], check=True)
+    wrapped = "-Wl,--wrap=memcpy,--wrap=pwrite"
+    subprocess.run([*compiler, *objects, wrapped, "-o", str(directory / "native/vmmc-nic")], check=True)
     return directory / "native"
 
 
@@ -245,6 +247,46 @@ def test_streams_survive_nics_that_die_at_any_store(
                 loads(cluster, program, seed, 60, [0, 1, 2])
                 until(lambda: only_listeners(cluster))
             assert "a successor starts" in cluster.logs()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("memory", ["heap", "ordinary"])
+def test_each_step_of_copying_and_acknowledging_may_be_the_last(
+    mortal: Path, monkeypatch: pytest.MonkeyPatch, program: Program, tmp_path: Path, memory: str
+) -> None:
+    """The receiver's NIC dies after each in turn, while redirections are posted and cancelled."""
+    chunk, rounds, most = 100_000, 200, 1000 if SOAK_S else 300
+    turns = tmp_path / "turns"
+    turns.write_bytes(bytes(8))
+    monkeypatch.setenv("VMMC_NATIVE_DIR", str(mortal))
+    monkeypatch.setenv("VMMC_RESTART_AT_ONCE", "1")
+    monkeypatch.setenv("MORTAL_TURNS", str(turns))
+    monkeypatch.setenv("MORTAL_NIC", "vmmc-nic1")
+    monkeypatch.setenv("MORTAL_MOST", str(most))
+    flags = [f"-L{mortal}", "-lvmmc", f"-Wl,-rpath,{mortal}"]
+
+    def send(number: int, length: int) -> None:
+        with socket.create_connection(("node1", PORT)) as connection:
+            connection.sendall(random.Random(number).randbytes(length))
+
+    with Cluster(nodes=2, name=f"test-{secrets.token_hex(6)}") as cluster:
+        for number in range(20):
+            receiver = cluster.node(1).popen(
+                [program("redirected_receive", *flags), str(PORT), str(chunk), str(rounds),
+                 *(["ordinary"] if memory == "ordinary" else [])],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+            cluster.node(1).wait_for_port(PORT)
+            sender = cluster.node(0).submit(send, number, chunk * rounds)
+            got, errors = receiver.communicate(b"g" * rounds, timeout=TIMEOUT_S)
+            assert (receiver.returncode, errors) == (0, b"")
+            assert got == random.Random(number).randbytes(chunk * rounds)
+            sender.result(timeout=TIMEOUT_S)
+            if int.from_bytes(turns.read_bytes(), "little") > most:
+                break
+            until(lambda: not [s for s in cluster.node(1).sockets() if s.state == "LISTEN"])
+        assert int.from_bytes(turns.read_bytes(), "little") > most
+        assert cluster.status()["nodes"][1]["restarts"]["nic"]["count"] == most
 
 
 def test_sends_survive_nics_that_die_at_any_store(
