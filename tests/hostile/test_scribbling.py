@@ -80,7 +80,7 @@ def test_they_harm_nobody(two_nodes: Cluster, program: Program, echo_server: Ech
     servers = [
         two_nodes.node(i).popen(
             [stress, "serve", str(PORT), "level"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )  # fmt: skip
+        )
         for i in range(2)
     ]
     try:
