@@ -14,22 +14,24 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import vmmc_emu
-from vmmc_emu import Cluster
+from vmmc_emu import Cluster, wires
 from vmmc_emu.paths import native_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 SOAK_S = float(os.environ.get("VMMC_SOAK_MINUTES", "0")) * 60
 WAYS = ("block", "poll", "select", "level", "edge")  # of waiting
 PORT = 7000
-TESTS = 10  # that share the time of a soak
+TESTS = 11  # that share the time of a soak
 TIMEOUT_S = 100
 
 Program = Callable[..., str]
@@ -230,6 +232,59 @@ def mortal_cluster(mortal: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[i
         return Cluster(nodes=nodes, name=f"test-{secrets.token_hex(6)}")
 
     return make
+
+
+@contextlib.contextmanager
+def shaken(cluster: Cluster, seed: int) -> Iterator[None]:
+    """Wires that become others all the time: faulty, slow, cut, perfect."""
+    chance = random.Random(seed)
+    choices: dict[str, list[Any]] = {
+        "up": [False, True, True],
+        "loss": [0.01, 0.05, 0.2],
+        "corrupt": [0.01, 0.05],
+        "duplicate": [0.02, 0.2],
+        "reorder": [0.1, 0.3],
+        "delay_ns": [10_000, 1_000_000],
+        "rate_bits_per_s": [10**9],
+    }
+    over = threading.Event()
+    nodes = range(len(cluster))
+
+    def shake() -> None:
+        while not over.wait(chance.choice([0.02, 0.1, 0.2])):
+            names = chance.sample(sorted(choices), chance.choice([0, 1, 2, 4]))
+            faults = {name: chance.choice(choices[name]) for name in names}
+            ends = chance.sample(nodes, 2)
+            change = wires.Change([ends[0]], [ends[1]], {"seed": seed, **faults}, reset=True)
+            wires.change(cluster.place, [change])
+
+    with ThreadPoolExecutor(1) as pool:
+        shaking = pool.submit(shake)
+        try:
+            yield
+        finally:
+            over.set()
+            shaking.result()
+            wires.change(cluster.place, [wires.Change(nodes, nodes, {}, reset=True)])
+
+
+@pytest.mark.native
+def test_streams_survive_nics_that_die_and_wires_that_are_faulty(
+    mortal_cluster: Callable[[int, int, float], Cluster], program: Program
+) -> None:
+    """No byte is lost or doubled, no connection made twice or forgotten, nothing hangs."""
+    for seed in seeds():
+        seconds = 3 if seed == 1 else 10
+        end = time.monotonic() + seconds
+        with mortal_cluster(4, seed, seconds) as cluster, contextlib.ExitStack() as stack:
+            for node, how in enumerate(("block", "level", "edge")):
+                stack.enter_context(server(cluster, node, program, how, 3 if how == "block" else 1))
+            while time.monotonic() < end:
+                with shaken(cluster, seed):
+                    loads(cluster, program, seed, 40, [0, 1, 2])
+                until(lambda: only_listeners(cluster))
+            assert "a successor starts" in cluster.logs()
+            assert sum(each["packets_resent"] for each in cluster.counters().values()) > 0
 
 
 @pytest.mark.native
