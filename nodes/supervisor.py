@@ -291,6 +291,10 @@ class Supervisor:
                 self._node_ready(node)
             case "failed":
                 self._fail(message["why"])
+                for connection in node.waiting:
+                    why = f"{node.name} is on, and has yet to be up: {message['why']}"
+                    channel.send(connection, errno=0, message=why)
+                node.waiting.clear()
             case "nic":
                 node.store.nic_pid = message["pid"]
             case "endpoint":
@@ -423,9 +427,14 @@ class Supervisor:
             raise ClusterError(f"{node.name} is on")
         was = power.read(self._place, node.index)
         given = Power(True, was.boot + 1, was.last_serial)
-        power.write(self._place, node.index, given)
-        node.off = False
-        node.store = self._new_store(node.index, given)
+        store = self._new_store(node.index, given)
+        try:
+            power.write(self._place, node.index, given)
+        except OSError:
+            store.close()
+            self._place.socket(node.index).unlink(missing_ok=True)
+            raise
+        node.off, node.store = False, store
         node.waiting.append(connection)
         log(INFO, f"{node.name} is started, for the {given.boot}. time")
         self._tell_losses()

@@ -218,21 +218,22 @@ def ask_supervisor(
     While a supervisor that was killed has no successor yet, it waits for that.
     """
     deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        while True:
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(START_TIMEOUT_S)
             try:
                 connection.connect(os.fspath(place.control))
+                socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
+                answer = connection.recv(65536)
                 break
+            except TimeoutError:
+                raise ClusterError(_no_supervisor(place)) from None
             except OSError:
+                # Nobody listens, or who did was killed before it had read the request: then the connection is
+                # reset.  After that it would end.
                 if not paths.lock_is_held(place) or time.monotonic() > deadline:
                     raise ClusterError(_no_supervisor(place)) from None
                 time.sleep(0.02)
-        connection.settimeout(START_TIMEOUT_S)
-        try:
-            socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
-            answer = connection.recv(65536)
-        except OSError:
-            answer = b""
     if not answer:
         raise ClusterError(
             f"the supervisor of cluster '{place.cluster}' ended before it answered: whether it did what was"

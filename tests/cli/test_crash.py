@@ -21,7 +21,7 @@ import pytest
 from vmmc_emu.nodes import journal
 
 import vmmc_emu
-from vmmc_emu import Cluster, ClusterError, processes
+from vmmc_emu import Cluster, ClusterError, processes, wires
 from vmmc_emu.paths import lock_path, native_file
 
 Cli = Any  # conftest.Cli
@@ -148,6 +148,27 @@ def test_a_supervisor_that_is_killed_has_a_successor(cluster: Cluster) -> None:
     client.end()
     server.result(timeout=20)
     until(lambda: not [s for s in cluster.place.segments() if ".ep" in s], cluster.logs)
+
+
+def test_supervisors_that_are_killed_while_they_begin(cluster: Cluster) -> None:
+    """Wherever they have got to: a daemon starts the next, and none is lost."""
+    before = cluster.status()
+    supervisor = before["supervisor_pid"]
+    for _ in range(8):
+        last = supervisor
+        os.kill(last, signal.SIGKILL)
+        supervisor = until(lambda: (now := cluster.status()["supervisor_pid"]) != last and now, cluster.logs)
+    daemon = before["nodes"][1]["daemon_pid"]
+
+    def joined() -> bool:
+        since = (cluster.place.logs / "supervisor.log").read_text().rpartition(f"supervisor {supervisor} ")[2]
+        return since.count("has joined") == len(cluster)
+
+    until(joined, cluster.logs)
+    kill(daemon)
+    until(lambda: cluster.status()["nodes"][1]["daemon_pid"] not in (None, daemon), cluster.logs)
+    assert cluster.node(1).run(["true"], check=True).returncode == 0
+    assert cluster.status()["state"] == "up"
 
 
 def test_detached_programs_and_the_owner_with_a_successor(cli: Cli, segments: Segments) -> None:
@@ -555,6 +576,22 @@ def test_a_storm_of_events_is_counted_and_not_written(cluster: Cluster) -> None:
     lines = [line for line in cluster.node(0).logs().splitlines() if "hung up on pid" in line]
     assert 10 <= len(lines) <= 130  # of 300; a window of ten seconds may have ended on the way
     assert all(" warning node0 " in line for line in lines)
+
+
+def test_a_storm_in_a_nic_is_counted_and_not_written(cluster: Cluster) -> None:
+    for number in range(100):
+        wires.change(cluster.place, [wires.Change([0], [1], {"delay_ns": number + 1})])
+    wires.change(cluster.place, [wires.Change([2], [1], {"delay_ns": 1})])
+    until(lambda: wires.present(cluster.place)[2, 1].delay_ns == 1)
+
+    def lines() -> list[str]:
+        return [line for line in cluster.node(1).logs().splitlines() if "the wire from node" in line]
+
+    until(lines, cluster.logs)
+    nic = cluster.status()["nodes"][1]["nic_pid"]
+    os.kill(nic, signal.SIGTERM)  # what it had to say it has said by then
+    until(lambda: "nic node1: ending" in cluster.node(1).logs(), cluster.logs)
+    assert 1 <= len([line for line in lines() if "suppressed" not in line]) <= 60
 
 
 def test_suppressed_lines_are_counted(capfd: pytest.CaptureFixture[str]) -> None:

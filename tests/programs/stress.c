@@ -117,10 +117,15 @@ static bool may_vanish(const struct side *s) {
   return s->read < sizeof s->header || s->header.ending == END_VICTIM;
 }
 
+/* What is said of a program that was killed, or of a node that lost its power. */
+static bool vanished(int error) {
+  return error == ECONNRESET || error == EPIPE || error == ECONNREFUSED || error == ETIMEDOUT || error == EHOSTUNREACH;
+}
+
 /* The connection broke, or the stream ended: was that to be? */
 static void read_ended(struct side *s, int error) {
   s->read_end = true;
-  if (may_vanish(s) && (!error || error == ECONNRESET || error == EPIPE)) {
+  if (may_vanish(s) && (!error || vanished(error))) {
     if (error || s->read != s->to_read) s->failed = s->write_end = true;
     return;
   }
@@ -172,7 +177,8 @@ static bool write_some(struct side *s) {
     if (n < 0 && errno == EAGAIN) return false;
     progress++;
     if (n < 0) {
-      if (!(may_break(s) || may_vanish(s)) || (errno != EPIPE && errno != ECONNRESET)) stop("write", s);
+      bool expected = may_vanish(s) ? vanished(errno) : may_break(s) && (errno == EPIPE || errno == ECONNRESET);
+      if (!expected) stop("write", s);
       s->failed = s->write_end = true;
       return true;
     }
@@ -230,7 +236,7 @@ static void begin_client(struct side *s, enum how how, uint64_t number) {
     getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &size);
   }
   s->connecting = error == EINPROGRESS || error == EALREADY;
-  if (tolerant && (error == ECONNREFUSED || error == ECONNRESET)) {
+  if (tolerant && vanished(error)) {
     close(s->fd);
     s->fd = -1;
     progress++;
@@ -245,7 +251,7 @@ static void connected(struct side *s) {
   socklen_t size = sizeof error;
   if (getsockopt(s->fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0) stop("getsockopt", s);
   s->connecting = false;
-  if (tolerant && (error == ECONNREFUSED || error == ECONNRESET)) {
+  if (tolerant && vanished(error)) {
     s->failed = true;
     usleep(20000);
   } else if (error) {

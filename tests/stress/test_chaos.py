@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 import pytest
 
 import vmmc_emu
-from vmmc_emu import Cluster, processes
+from vmmc_emu import Cluster, ClusterError, processes
 from vmmc_emu.processes import DAEMON, NIC, SUPERVISOR, Process
 
 SOAK_S = float(os.environ.get("VMMC_SOAK_MINUTES", "0")) * 60
 ROUND_S = 30.0
 NODES = 8
+UNLUCKY = 7  # the node that loses its power
 WAYS = ("block", "poll", "select", "level", "edge")  # of waiting
 PORT, MORTAL_PORT = 7100, 7101
 TIMEOUT_S = 90.0
@@ -70,6 +71,9 @@ class Chaos:
             process.kill()
             process.communicate()
             return 1, "hangs"
+        else:
+            if f"cannot use sockets of node{UNLUCKY}" in errors:  # no power any more when it attached
+                return -signal.SIGKILL, ""
         finally:
             with self.lock:
                 for known in (self.running, self.victims):
@@ -91,7 +95,11 @@ class Chaos:
     def serve_mortally(self, node: int, how: str, stop: threading.Event) -> None:
         """A server that is killed, and started again."""
         while not stop.is_set():
-            status, errors = self.finish(self.start(node, "serve", MORTAL_PORT, how, victim=True))
+            try:
+                status, errors = self.finish(self.start(node, "serve", MORTAL_PORT, how, victim=True))
+            except ClusterError:  # the node is off
+                time.sleep(0.01)
+                continue
             if errors or status not in (0, -signal.SIGKILL):
                 self.failures.append(f"mortal server {how} on node{node}: {(status, errors)}")
                 return
@@ -108,14 +116,22 @@ class Chaos:
                 environment["STRESS_VICTIM"] = "1"
             if tolerant:
                 environment["STRESS_TOLERANT"] = "1"
-            process = self.start(
-                chance.randrange(NODES), "load", chance.choice(WAYS), chance.randrange(1 << 30), 200, 6, port,
-                *(f"node{target}" for target in targets), victim=victim, **environment,
-            )  # fmt: skip
-            status, errors = self.finish(process)
-            if errors or status not in ((0, -signal.SIGKILL) if victim else (0,)):
-                self.failures.append(f"load {number}: {(status, errors)}")
+            node = chance.randrange(NODES if victim else UNLUCKY)
+            with contextlib.suppress(ClusterError):  # the node is off
+                self.load_from(node, number, chance, port, targets, environment, victim=victim)
             self.done["victims" if victim else "tolerant loads" if tolerant else "loads"] += 1
+
+    def load_from(
+        self, node: int, number: int, chance: random.Random, port: int, targets: range,
+        environment: dict[str, str], *, victim: bool,
+    ) -> None:  # fmt: skip
+        process = self.start(
+            node, "load", chance.choice(WAYS), chance.randrange(1 << 30), 200, 6, port,
+            *(f"node{target}" for target in targets), victim=victim, **environment,
+        )  # fmt: skip
+        status, errors = self.finish(process)
+        if errors or status not in ((0, -signal.SIGKILL) if victim else (0,)):
+            self.failures.append(f"load {number}: {(status, errors)}")
 
     def send(self) -> None:
         """VMMC sends with notifications, each arriving once and in order."""
@@ -182,8 +198,8 @@ class Chaos:
         """One event."""
         what = chance.choices(
             ["kill NIC", "stop NIC", "kill daemon", "stop daemon", "kill supervisor", "stop supervisor",
-             "kill program", "stop program"],
-            [8, 4, 3, 2, 1, 1, 8, 4],
+             "kill program", "stop program", "kill node"],
+            [8, 4, 3, 2, 1, 1, 8, 4, 2],
         )[0]  # fmt: skip
         verb, whom = what.split()
         number = signal.SIGKILL if verb == "kill" else signal.SIGSTOP
@@ -201,8 +217,14 @@ class Chaos:
                 time.sleep(pause_s)
                 process.send_signal(signal.SIGCONT)
             return
-        if number is signal.SIGKILL and whom in ("daemon", "supervisor"):
+        if number is signal.SIGKILL and whom in ("daemon", "supervisor", "node"):
             self.wait_for_daemons()
+        if whom == "node":
+            self.done[what] += 1
+            self.cluster.node(UNLUCKY).kill()
+            time.sleep(pause_s)
+            self.cluster.node(UNLUCKY).start()
+            return
         found = self.recorded({"NIC": NIC, "daemon": DAEMON, "supervisor": SUPERVISOR}[whom])
         if not found:
             return
