@@ -154,7 +154,7 @@ def test_supervisors_that_are_killed_while_they_begin(cluster: Cluster) -> None:
     """Wherever they have got to: a daemon starts the next, and none is lost."""
     before = cluster.status()
     supervisor = before["supervisor_pid"]
-    for _ in range(8):
+    for _ in range(5):
         last = supervisor
         os.kill(last, signal.SIGKILL)
         supervisor = until(lambda: (now := cluster.status()["supervisor_pid"]) != last and now, cluster.logs)
@@ -362,7 +362,7 @@ def test_programs_that_attach_while_their_daemon_dies_notice_nothing(cluster: Cl
         assert program.stdin is not None
         assert program.stdout is not None
         daemon = 0
-        for _ in range(6):
+        for _ in range(3):
             before = daemon
             daemon = until(lambda: (now := cluster.status()["nodes"][0]["daemon_pid"]) != before and now)
             os.kill(daemon, signal.SIGSTOP)  # it dies with the request in its hands
