@@ -26,9 +26,9 @@
 #include <unistd.h>
 
 enum {
-  VMMC_IDLE_WORTHWHILE_NS = 50000, /* a wait that polling could have shortened: twice a wake from deep idleness */
+  VMMC_IDLE_WORTHWHILE_NS = 100000, /* a wait that polling could have shortened: a few wakes from deep idleness */
   VMMC_IDLE_BUDGET_FIRST = 8,      /* looks: the least that is worth beginning with */
-  VMMC_IDLE_BUDGET_MAX = 128, /* about as long as is worthwhile */
+  VMMC_IDLE_BUDGET_MAX = 256, /* about as long as is worthwhile */
   VMMC_IDLE_PATIENCE_NS = 500000,  /* a yield longer than this: the core is contended */
   VMMC_IDLE_BAN_NS = 8000000,      /* the first ban; each further one is four times as long, up to: */
   VMMC_IDLE_BAN_MAX_NS = 512000000,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -228,17 +228,23 @@ def over_vmmc(
     client: int = 0,
     server: int = 1,
     serving: Sequence[str] = ("vmmc-bench", "server", "0"),
+    env: Mapping[str, str] | None = None,
 ) -> Path:
-    """The path between two nodes of a running cluster; its server, `serving`, ends with `stack`."""
+    """The path between two nodes of a running cluster; its server, `serving`, ends with `stack`.
+
+    env: added to the environment of server and client.
+    """
     process = cluster.node(server).popen(
-        [str(native_file(serving[0])), *serving[1:]], stdout=subprocess.PIPE, text=True
+        [str(native_file(serving[0])), *serving[1:]], stdout=subprocess.PIPE, text=True, env=env
     )
     port = serving_port(process, stack)
 
     def run(mode: str, size: int, seconds: float) -> Sample:
         command = _client(f"node{server}", port, mode, size, seconds)
         return sample_of(
-            cluster.node(client).run(command, capture_output=True, text=True, timeout=120, check=False)
+            cluster.node(client).run(
+                command, capture_output=True, text=True, timeout=120, check=False, env=env
+            )
         )
 
     return Path("vmmc", run)

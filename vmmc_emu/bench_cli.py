@@ -7,12 +7,14 @@ import json
 import secrets
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from vmmc_emu import bench as measuring
 from vmmc_emu import bench_all as everything_of
+from vmmc_emu import bench_paper as curves
 from vmmc_emu.cluster import Cluster
 from vmmc_emu.errors import ClusterError
 
@@ -182,6 +184,45 @@ def everything(
         click.echo(line)
     click.echo()
     click.echo(everything_of.as_noise(rows, machine))
+
+
+@bench.command("paper")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 1000))
+@click.option(
+    "--seconds", default=0.2, show_default=True, type=click.FloatRange(0.001, 600),
+    help="How long each measurement lasts.",
+)  # fmt: skip
+@click.option(
+    "--size", "sizes", multiple=True, type=click.IntRange(1, 1 << 20),
+    help="Bytes a message; repeats.  [default: 4 B to 1 MiB]",
+)  # fmt: skip
+@click.option(
+    "--plot", "prefix", default="vmmc-paper", show_default=True, metavar="PREFIX",
+    help="Draw PREFIX.png and PREFIX.svg.",
+)  # fmt: skip
+@click.option("--no-plot", is_flag=True, help="Only measure.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def paper(
+    rounds: int, seconds: float, sizes: tuple[int, ...], prefix: str, no_plot: bool, as_json: bool
+) -> None:
+    """The curves of 1997: sockets with and without redirection, and VMMC, in the profile myrinet-1997.
+
+    On a cluster of its own, in real time, beside the figures that were published.  The machine should
+    have nothing else to do: a wire of microseconds cannot wait for a busy core.
+    """
+    if not no_plot:
+        curves.check_plot(Path(prefix))
+    report = curves.measure(
+        rounds=rounds, sizes=sorted(set(sizes)) or curves.SIZES, seconds=seconds, progress=_progress()
+    )
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        for line in report.as_table():
+            click.echo(line)
+    if not no_plot:
+        for path in curves.plot(report, Path(prefix)):
+            click.echo(f"drawn: {path}", err=as_json)
 
 
 @bench.command("redirection")

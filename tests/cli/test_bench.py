@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 Cli = Any  # conftest.Cli
@@ -81,3 +82,30 @@ def test_redirection(up: Cli) -> None:
     from vmmc_emu import bench_all
 
     assert list(bench_all.redirection_table(report))[-1].split()[0] == "65536"
+
+
+def test_paper(up: Cli, tmp_path: Path) -> None:
+    """The curves of 1997, on a cluster of its own: every figure is there, and both plots."""
+    prefix = tmp_path / "curves"
+    sizes = ("--size", 4, "--size", 65536)
+    done = up("bench", "paper", "--rounds", 1, "--seconds", 0.02, *sizes, "--plot", prefix, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [each["published"] for each in report["headlines"]] == [20, 84, 13.5, 90]
+    assert all(each["measured"] > 0 for each in report["headlines"])
+    names = {f"{kind} {way}" for kind in ("latency", "bandwidth") for way in ("redirected", "copied", "vmmc")}
+    assert report["curves"].keys() == names
+    assert all(curve.keys() == {"4", "65536"} for curve in report["curves"].values())
+    assert prefix.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in prefix.with_suffix(".svg").read_text()
+    # 1997's wire and memory are slow: 65536 bytes last, and the copy can be seen, on any machine of today.
+    latency = report["curves"]
+    assert latency["latency vmmc"]["65536"][0] > 65536 / 90
+    assert latency["latency copied"]["65536"][0] > 65536 / 90 + 65536 / 60
+
+
+def test_paper_says_first_where_it_cannot_draw(up: Cli) -> None:
+    done = up("bench", "paper", "--plot", "/nowhere/at/all")
+    assert done.returncode == 1
+    assert "/nowhere/at" in done.stderr
+    assert "--plot" in done.stderr

@@ -133,6 +133,32 @@ def test_a_partition_and_its_end(cluster: Cluster) -> None:
         assert words in done.stderr
 
 
+def test_programs_on_both_sides_of_a_partition(cluster: Cluster) -> None:
+    """Who is on the same side goes on; who is not gets through again after the end of it."""
+    code = "import socket; s = socket.create_server(('0.0.0.0', 7000)); print('ready', flush=True)\n"
+    code += "while True: s.accept()[0].sendall(b'x')"
+    with cluster.node(1).popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            cluster.partition([0, 1])
+            fetch = "import socket; print(socket.create_connection(('node1', 7000)).recv(1))"
+            assert "b'x'" in cluster.node(0).run([sys.executable, "-c", fetch], check=True).stdout
+            other = cluster.node(2).popen(
+                [sys.executable, "-c", f"print('trying', flush=True)\n{fetch}"],
+                stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            with other:
+                assert other.stdout is not None
+                assert other.stdout.readline() == "trying\n"
+                while not cluster.link(2, 1).counters()[2, 1]["wire_dropped"]:  # it asked, in vain
+                    assert other.poll() is None
+                cluster.heal()
+                assert other.stdout.readline() == "b'x'\n"
+        finally:
+            server.kill()
+
+
 def test_profiles(tmp_path: Path) -> None:
     """A shipped one by name, a file with exceptions, and errors that say where."""
     name = f"test-{secrets.token_hex(6)}"
