@@ -104,6 +104,7 @@ static void prepare(struct endpoint *e, uint32_t slot) {
   work->endpoint = e;
   work->slot = slot;
   work->work.transmit = connection_transmit;
+  work->work.lane = e->index;
 }
 
 /* The prepared connection is there, from one store to the next. */
@@ -969,6 +970,7 @@ void connection_recover(struct endpoint *e, uint32_t slot) {
   work->endpoint = e;
   work->slot = slot;
   work->work.transmit = connection_transmit;
+  work->work.lane = e->index;
   give_back_recover(e, slot);
   if (c->state == CONNECTION_NONE) {
     if (atomic_load_explicit(&n->generation, memory_order_relaxed) == c->generation)

@@ -120,7 +120,7 @@ void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid) {
   struct own *own = e->own;
   struct vmmc_nic_header *header = nic_header(e);
   for (uint32_t i = 0; i < VMMC_COMMANDS; i++) {
-    e->command[i] = (struct command_work){ .work.transmit = transfer_transmit, .endpoint = e, .place = i };
+    e->command[i] = (struct command_work){ .work = { .transmit = transfer_transmit, .lane = e->index }, .endpoint = e, .place = i };
   }
   if (own->magic == VMMC_MAGIC && own->serial == serial) {
     recover(e);

@@ -16,6 +16,7 @@
 enum {
   RECEIVE_SHARE = 64,  /* packets of one link before the next has its turn */
   TRANSMIT_SHARE = 64, /* works of one link likewise */
+  LANE_SHARE = 64 * 1024, /* bytes of one program before the next has its turn: a stream's packet */
 };
 
 uint32_t link_node(const struct link *link) { return link->node; }
@@ -150,28 +151,54 @@ void link_activate(struct link *link) {
   nic.busy_links = link;
 }
 
+/* A lane goes to the end of the queue. */
+static void lane_enqueue(struct link *link, struct lane *lane) {
+  lane->next = NULL;
+  if (link->last)
+    link->last->next = lane;
+  else
+    link->first = lane;
+  link->last = lane;
+}
+
+static struct lane *lane_dequeue(struct link *link) {
+  struct lane *lane = link->first;
+  link->first = lane->next;
+  if (!link->first) link->last = NULL;
+  return lane;
+}
+
 void link_enqueue(struct link *link, struct work *work) {
   link_activate(link);
   if (work->queued) return;
+  struct lane *lane = &link->lane[work->lane];
   work->queued = true;
   work->next = NULL;
-  if (link->last)
-    link->last->next = work;
+  if (lane->first)
+    lane->last->next = work;
   else
-    link->first = work;
-  link->last = work;
+    lane->first = work;
+  lane->last = work;
+  if (lane->first == work && lane != link->serving) lane_enqueue(link, lane);
+}
+
+static void lane_forget(struct link *link, struct lane *lane) {
+  for (struct lane **at = &link->first, *previous = NULL; *at; previous = *at, at = &(*at)->next) {
+    if (*at != lane) continue;
+    *at = lane->next;
+    if (link->last == lane) link->last = previous;
+    return;
+  }
 }
 
 void link_forget(struct link *link, struct work *work) {
-  struct work *previous = NULL;
-  for (struct work *w = link->first; w; previous = w, w = w->next) {
-    if (w != work) continue;
-    if (previous)
-      previous->next = w->next;
-    else
-      link->first = w->next;
-    if (link->last == w) link->last = previous;
+  struct lane *lane = &link->lane[work->lane];
+  for (struct work **at = &lane->first, *previous = NULL; *at; previous = *at, at = &(*at)->next) {
+    if (*at != work) continue;
+    *at = work->next;
+    if (lane->last == work) lane->last = previous;
     work->queued = false;
+    if (!lane->first) lane_forget(link, lane);
     return;
   }
 }
@@ -360,16 +387,37 @@ static void link_flush_outbox(struct link *link) {
   }
 }
 
+/* Bytes that packets published since name. */
+static uint64_t bytes_since(const struct link *link, uint64_t tail) {
+  uint64_t bytes = 0;
+  for (; tail != link->tail; tail++) bytes += link->out->packet[tail % LINK_PACKETS].length;
+  return bytes;
+}
+
+/* The turn of one program: of one of its works.  Who sent more than a turn's share passes the next turns, unless
+ * nobody else has anything to say. */
+static void serve(struct link *link) {
+  struct lane *lane = lane_dequeue(link);
+  lane->ahead = link->first && lane->ahead > LANE_SHARE ? lane->ahead - LANE_SHARE : 0;
+  if (!lane->ahead) {
+    struct work *work = lane->first;
+    uint64_t before = link->tail;
+    lane->first = work->next;
+    work->queued = false;
+    link->serving = lane; /* it stands in the queue again below, also when more work has come meanwhile */
+    if (work->transmit(work, link)) link_enqueue(link, work);
+    link->serving = NULL;
+    lane->ahead = bytes_since(link, before);
+  }
+  if (lane->first) lane_enqueue(link, lane);
+}
+
 /* Emits what there is room for.  True: something is left and there is room for it. */
 static bool link_transmit(struct link *link, int *done) {
   uint64_t before = link->tail;
   link_flush_outbox(link);
   for (int share = 0; link->first && !link->outbox && !link->out->gave_up && link_room(link) && share < TRANSMIT_SHARE; share++) {
-    struct work *work = link->first;
-    link->first = work->next;
-    if (!link->first) link->last = NULL;
-    work->queued = false;
-    if (work->transmit(work, link)) link_enqueue(link, work);
+    serve(link);
     ++*done;
   }
   *done += (int)(link->tail - before);
@@ -428,7 +476,8 @@ void links_recover(void) {
 /* ---- nodes that lose their power ---- */
 
 static void link_end(struct link *link) {
-  for (struct work *w = link->first; w; w = w->next) w->queued = false;
+  for (struct lane *lane = link->first; lane; lane = lane->next)
+    for (struct work *w = lane->first; w; w = w->next) w->queued = false;
   link_drop_answers(link);
   if (link->retransmit) retransmit_end(link);
   for (struct link **at = &nic.busy_links; *at; at = &(*at)->next_busy) {

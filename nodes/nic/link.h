@@ -15,6 +15,13 @@ struct busy { /* a connection that waits for RETRY */
   uint32_t index, serial, slot, generation;
 };
 
+/* What one program has to say.  Lanes take turns, so that no program waits for all that another has. */
+struct lane {
+  struct lane *next;          /* in its link's queue, while it has any work */
+  struct work *first, *last;
+  uint64_t ahead;             /* bytes that it sent beyond its share of this turn */
+};
+
 struct link {
   uint32_t node;
   struct link_queue *out;       /* ours */
@@ -28,13 +35,15 @@ struct link {
   uint64_t taken;               /* packets of `in` handled */
   uint64_t again;               /* packets before this may have been handled by a predecessor */
   bool unrung;                  /* published something since the peer's doorbell was rung */
-  struct work *first, *last;    /* connections and commands with something to say */
+  struct lane *first, *last;    /* programs with something to say: connections and commands */
+  struct lane *serving;         /* whose turn it is: not in the queue meanwhile */
   struct outbox *outbox, **outbox_end;
   struct busy *busy;
   uint32_t busy_count, busy_size;
   bool in_busy_links;
   struct link *next_busy;       /* in nic.busy_links */
   struct link *next_unreliable; /* in nic.unreliable_links */
+  struct lane lane[VMMC_ENDPOINTS_MAX]; /* by the endpoint's index; pages that no program uses are never touched */
 };
 
 #define COUNT_LINK(link, name, n) COUNT_IN(&(link)->out->header.counters, name, n)

@@ -45,10 +45,11 @@
 struct link;
 struct endpoint;
 
-/* Something that has packets for a link.  A member of the link's queue at most once. */
+/* Something that has packets for a link.  A member of its program's lane in the link at most once. */
 struct work {
   struct work *next;
   bool queued;
+  uint32_t lane; /* index of the program's endpoint */
   /* Emits packets while link_room() allows and its fair share lasts.  True: has more to say. */
   bool (*transmit)(struct work *work, struct link *link);
 };

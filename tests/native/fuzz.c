@@ -721,6 +721,29 @@ static void a_share_of_doorbells(void) {
   }
 }
 
+/* Hundreds of connections with something to send: another program's one waited for all of them. */
+static void a_share_of_the_link(void) {
+  enum { MANY = 200 };
+  take(hostile, 0, 1);
+  request(hostile, 0, VMMC_REQUEST_LISTEN, 7000, 0, MANY);
+  rest();
+  for (uint32_t slot = 1; slot <= MANY; slot++) {
+    take(hostile, slot, 1);
+    request(hostile, slot, VMMC_REQUEST_CONNECT, 7000, 0, 0);
+  }
+  rest();
+  for (uint32_t slot = 1; slot <= MANY; slot++) {
+    CHECK(nic_of(hostile_nic, slot)->state == VMMC_ESTABLISHED);
+    app(hostile, slot)->written = 1000;
+    ring(hostile, slot);
+  }
+  turns(1);
+  honest_writes(1000);
+  turns(1);
+  CHECK(nic_of(hostile_nic, MANY)->transmitted == 0);
+  if (nic_of(honest_nic, CLIENT)->transmitted != honest_sent) fail("it waits until all others have sent");
+}
+
 static const struct {
   const char *name;
   void (*scenario)(void);
@@ -729,6 +752,7 @@ static const struct {
   { "commands-go-back", commands_go_back }, { "too-many-commands", too_many_commands },
   { "cut-short", cut_short }, { "cut-short-as-well", cut_short_as_well }, { "blocking-waker", blocking_waker }, { "waker-that-is-a-pipe", waker_that_is_a_pipe },
   { "a-share-of-commands", a_share_of_commands }, { "a-share-of-doorbells", a_share_of_doorbells },
+  { "a-share-of-the-link", a_share_of_the_link },
 };
 
 static int again(const char *name) {
