@@ -37,7 +37,7 @@ test: $(VENV)/.ready
 
 MINUTES ?= 10
 soak: build
-	VMMC_SOAK_MINUTES=$(MINUTES) $(VENV)/bin/pytest -s -x --timeout=0 tests/stress tests/differential
+	VMMC_SOAK_MINUTES=$(MINUTES) $(VENV)/bin/pytest -s -x --timeout=0 tests/stress tests/differential tests/wires
 
 fuzz: build
 	VMMC_FUZZ_MINUTES=$(MINUTES) $(VENV)/bin/pytest -s -x --timeout=0 tests/native/test_fuzz.py tests/hostile
