@@ -102,28 +102,22 @@ def set_(
     _change(place, arguments, fields, every=every, one_way=one_way)
 
 
-@link.command()
-@_every
-@_one_way
-@_nodes
-@click.pass_obj
-@explained
-def down(place: ClusterPaths, every: bool, one_way: bool, nodes: tuple[str, ...]) -> None:
-    """Cut a link: nothing gets through until `up`."""
-    _only_nodes(nodes)
-    _change(place, nodes, {"up": False}, every=every, one_way=one_way)
+def _switch(name: str, up: bool, text: str) -> None:
+    """Adds `link down` or `link up`."""
+
+    @link.command(name, help=text)
+    @_every
+    @_one_way
+    @_nodes
+    @click.pass_obj
+    @explained
+    def command(place: ClusterPaths, every: bool, one_way: bool, nodes: tuple[str, ...]) -> None:
+        _only_nodes(nodes)
+        _change(place, nodes, {"up": up}, every=every, one_way=one_way)
 
 
-@link.command()
-@_every
-@_one_way
-@_nodes
-@click.pass_obj
-@explained
-def up(place: ClusterPaths, every: bool, one_way: bool, nodes: tuple[str, ...]) -> None:
-    """Mend a link that was cut; its other settings are as they were."""
-    _only_nodes(nodes)
-    _change(place, nodes, {"up": True}, every=every, one_way=one_way)
+_switch("down", False, "Cut a link: nothing gets through until `up`.")
+_switch("up", True, "Mend a link that was cut; its other settings are as they were.")
 
 
 @link.command()

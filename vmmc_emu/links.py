@@ -50,31 +50,24 @@ def _probability(name: str, value: Value) -> float:
     return parts[0] / 100
 
 
-def _time_ns(name: str, value: Value) -> int:
-    if not isinstance(value, str):
-        return round(value * 1e9)
-    parts = _split(value)
+def _with_unit(name: str, text: str, what: str, units: Mapping[str, float]) -> int:
+    parts = _split(text)
     if parts == (0.0, ""):
         return 0
-    if parts is None or parts[1] not in _TIMES:
+    if parts is None or parts[1] not in units:
         raise ClusterError(
-            f"{name} {value!r}: write a time with its unit, {', '.join(_TIMES)}, as in '{name} 2ms'"
+            f"{name} {text!r}: write {what} with its unit, {', '.join(units)}, as in"
+            f" '{name} {_EXAMPLES[name]}'"
         )
-    return round(parts[0] * _TIMES[parts[1]])
+    return round(parts[0] * units[parts[1]])
+
+
+def _time_ns(name: str, value: Value) -> int:
+    return _with_unit(name, value, "a time", _TIMES) if isinstance(value, str) else round(value * 1e9)
 
 
 def _rate(name: str, value: Value) -> int:
-    if not isinstance(value, str):
-        return round(value)
-    parts = _split(value)
-    if parts == (0.0, ""):
-        return 0
-    if parts is None or parts[1] not in _RATES:
-        raise ClusterError(
-            f"{name} {value!r}: write a rate with its unit, {', '.join(_RATES)} (bps: bytes a second),"
-            f" as in '{name} 100mbit'"
-        )
-    return round(parts[0] * _RATES[parts[1]])
+    return _with_unit(name, value, "a rate", _RATES) if isinstance(value, str) else round(value)
 
 
 def _cost(name: str, value: Value) -> int:
