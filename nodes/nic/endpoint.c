@@ -378,3 +378,13 @@ void remotes_given_up(uint32_t node) {
     if (!r->references) remote_drop(r);
   }
 }
+
+/* What its predecessor said of programs that ended may not have been heard: mappings are made anew when needed. */
+void remotes_renew(uint32_t node) {
+  for (struct remote *r = nic.remotes, *next; r; r = next) {
+    next = r->next;
+    if (r->node != node) continue;
+    r->gone = true;
+    if (!r->references) remote_drop(r);
+  }
+}

@@ -260,6 +260,7 @@ static void link_retry(struct link *link, uint32_t flags) {
 
 /* What the peer's predecessor may not have heard or answered is said again: all of it is idempotent. */
 static void link_retell(struct link *link) {
+  remotes_renew(link->node);
   log_event("info", "node%u has a new NIC: repeating what is unanswered", link->node);
   for (uint32_t i = 0; i < nic.live_count; i++) {
     struct endpoint *e = nic.endpoint[nic.live[i]];

@@ -194,6 +194,7 @@ __attribute__((format(printf, 2, 3))) void endpoint_nonsense(struct endpoint *e,
 struct remote *remote_find(uint32_t node, uint32_t serial); /* maps it when needed; NULL: cannot */
 void remote_release(struct remote *remote);
 void remote_gone(uint32_t node, uint32_t serial);
+void remotes_renew(uint32_t node); /* that node has a new NIC */
 void remotes_given_up(uint32_t node);
 
 /* ---- port.c: 0 or an errno ---- */

@@ -1,0 +1,193 @@
+"""Shared memory that goes away, or that there is none of: whoever asked is told, everybody else goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vmmc_emu import Cluster, Node
+
+PORT = 7300
+TIMEOUT_S = 60
+
+
+def until(condition: Callable[[], bool], why: Callable[[], object]) -> None:
+    """Waits for what is to come."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, why()
+        time.sleep(0.01)
+
+
+SERVER = f"""
+import socket, threading
+listener = socket.create_server(("", {PORT}))
+print("ready", flush=True)
+def serve(connection):
+    try:
+        while data := connection.recv(65536): connection.sendall(data)
+    except OSError as error: print("server:", error.strerror, flush=True)
+while True: threading.Thread(target=serve, args=[listener.accept()[0]], daemon=True).start()
+"""
+
+CLIENT = f"""
+import socket, sys
+connection = socket.create_connection(("node1", {PORT}))
+for line in sys.stdin:
+    connection.sendall(line.encode())
+    print(connection.recv(65536).decode(), end="", flush=True)
+"""
+
+
+def start(node: Node, program: str) -> subprocess.Popen[str]:
+    """Talks over pipes; what it says of its own end is not asked for."""
+    command = [sys.executable, "-c", program]
+    pipe = subprocess.PIPE
+    return node.popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+
+
+def segments(cluster: Cluster, node: int, what: str) -> set[str]:
+    """Names of a node's programs' segments of this kind."""
+    return {name for name in cluster.place.segments() if f".node{node}.ep" in name and name.endswith(what)}
+
+
+def exchange(client: subprocess.Popen[str], text: str) -> None:
+    """There and back."""
+    assert client.stdin is not None
+    assert client.stdout is not None
+    client.stdin.write(text + "\n")
+    client.stdin.flush()
+    assert client.stdout.readline() == text + "\n"
+
+
+@pytest.mark.parametrize("part", ["app", "nic", "own"])
+def test_a_program_whose_memory_is_cut_short(two_nodes: Cluster, part: str) -> None:
+    """Its peer is reset, its NIC says so and serves the other programs on, which lose nothing."""
+    node0, node1 = two_nodes.nodes
+    server = start(node1, SERVER)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    victim = start(node0, CLIENT)
+    exchange(victim, "first")
+    (segment,) = segments(two_nodes, 0, f".{part}")
+    honest = start(node0, CLIENT)
+    try:
+        exchange(honest, "before")
+        os.truncate(f"/dev/shm/{segment}", 4096 if part == "own" else 0)
+        assert victim.stdin is not None
+        victim.stdin.write("second\n")  # its library rings, or meets the hole itself
+        victim.stdin.flush()
+        for number in range(20):
+            exchange(honest, f"after {number}")
+        assert server.stdout.readline() == "server: Connection reset by peer\n"
+        # Whoever looked first: the library, in the program that asked for it, or the NIC.
+        until(
+            lambda: (
+                victim.poll() is not None or bool(re.search("is detached|cannot attach", two_nodes.logs()))
+            ),
+            two_nodes.logs,
+        )
+        exchange(honest, "still there")
+    finally:
+        for process in (victim, honest, server):
+            process.kill()
+            process.communicate()
+    until(lambda: not segments(two_nodes, 0, "") | segments(two_nodes, 1, ""), two_nodes.logs)
+
+
+def test_segments_that_are_removed(two_nodes: Cluster) -> None:
+    """Their names are gone and the memory is not: what is connected goes on."""
+    node0, node1 = two_nodes.nodes
+    server = start(node1, SERVER)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    client = start(node0, CLIENT)
+    try:
+        exchange(client, "before")
+        for name in segments(two_nodes, 0, "") | segments(two_nodes, 1, ""):
+            Path("/dev/shm", name).unlink()
+        for number in range(20):
+            exchange(client, f"after {number}")
+    finally:
+        for process in (client, server):
+            process.kill()
+            process.communicate()
+
+
+FLOOD = f"""
+import os, socket, threading, time
+from vmmc_emu import Cluster
+server = '''
+import hashlib, os, socket, sys
+listener = socket.create_server(("", {PORT}))
+print("ready", flush=True)
+connection = listener.accept()[0]
+sys.stdin.readline()
+digest = hashlib.sha256()
+while data := connection.recv(65536): digest.update(data)
+print(digest.hexdigest())
+'''
+client = '''
+import errno, hashlib, socket, sys, time
+full = False
+connection = socket.create_connection(("node1", {PORT}))
+print("connected", flush=True)
+sys.stdin.readline()
+digest = hashlib.sha256()
+for i in range(200):
+    data = i.to_bytes(4, "big") * 10000
+    digest.update(data)
+    while data:
+        try: data = data[connection.send(data):]
+        except OSError as error:
+            assert error.errno == errno.ENOBUFS
+            full = True
+            time.sleep(0.01)
+print("told," if full else "not told,", digest.hexdigest())
+'''
+import subprocess, sys
+pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+with Cluster(nodes=2) as cluster:
+    reader = cluster.node(1).popen([sys.executable, "-c", server], **pipes)
+    assert reader.stdout.readline() == "ready\\n"
+    writer = cluster.node(0).popen([sys.executable, "-c", client], **pipes)
+    assert writer.stdout.readline() == "connected\\n"
+    with open("/dev/shm/filler", "wb", buffering=0) as filler:
+        for size in (1 << 16, 4096):
+            try:
+                while filler.write(bytes(size)): pass
+            except OSError: pass
+    for process in (writer, reader):
+        process.stdin.write("go\\n")
+        process.stdin.flush()
+    time.sleep(0.5)  # for them to meet it
+    os.unlink("/dev/shm/filler")
+    sent, received = (process.communicate(timeout=40)[0].strip() for process in (writer, reader))
+    nics = [node["nic_pid"] for node in cluster.status()["nodes"]]
+    print("equal" if sent == "told, " + received else (sent, received), cluster.logs().count("incarnation 1"))
+"""
+
+
+def test_no_room_for_what_a_stream_could_have() -> None:
+    """While /dev/shm is full a sender is told, nothing is lost, no NIC dies; with room again it goes on."""
+    unshare = shutil.which("unshare")
+    options = ["--mount"] if os.getuid() == 0 else ["--mount", "--user", "--map-root-user"]
+    if (
+        unshare is None
+        or subprocess.run([unshare, *options, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("mount namespaces are not allowed here")
+    script = 'mount -t tmpfs -o size=8m,mode=1777 tmpfs /dev/shm && exec "$0" -c "$1"'
+    done = subprocess.run(
+        [unshare, *options, "sh", "-c", script, sys.executable, FLOOD],
+        capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert done.stdout == "equal 2\n", done.stdout + done.stderr
