@@ -107,6 +107,9 @@ enum {
  *
  * The app fills its half first (all positions zero), stores `generation` last, and then rings.
  */
+/* After so many seconds of silence the peer is asked whether it is there; again, so often, after each interval. */
+#define VMMC_KEEPALIVE(idle_s, interval_s, count) ((uint64_t)(count) << 32 | (uint64_t)(interval_s) << 16 | (idle_s))
+
 struct vmmc_app_slot {
   /* line 0: the request, a mailbox of one.  Writer: app. */
   _Alignas(VMMC_LINE) _Atomic uint32_t request; /* raised by one for each request, never reset */
@@ -126,6 +129,7 @@ struct vmmc_app_slot {
   _Atomic uint32_t asleep_tx;                   /* threads that sleep on nic_slot.wake_tx */
   _Atomic uint32_t sending;                     /* 1: a thread stores into the ring, see "Idle rings" */
   _Atomic uint32_t send_window;                 /* SO_SNDBUF in bytes, 0: the default (VMMC_RING) */
+  _Atomic uint64_t keepalive;                   /* SO_KEEPALIVE: VMMC_KEEPALIVE(…), 0: off */
 
   /* line 2: receive.  Writer: app. */
   _Alignas(VMMC_LINE) _Atomic uint64_t consumed; /* stream position up to which the app has read */

@@ -336,6 +336,11 @@ static void reset_far(struct endpoint *e, uint32_t slot) {
   link_reply(link, &p);
 }
 
+void connection_abandon(struct endpoint *e, uint32_t slot, int error) {
+  reset_far(e, slot);
+  connection_fail(e, slot, error);
+}
+
 /* Entries are taken whole: a position inside one is none that the library stores. */
 static uint64_t accept_queue_taken(struct connection *c, const struct half *h) {
   bool whole = h->consumed % sizeof(struct vmmc_accept_entry) == 0;
@@ -549,6 +554,7 @@ int connection_look(struct endpoint *e, uint32_t slot) {
   } else if (!e->dying) {
     return work;
   }
+  if (generation == c->generation && !e->dying) keepalive_watch(e, slot);
   struct half h = connection_half(e, slot);
   switch (c->state) {
     case CONNECTION_LISTENING: look_listening(e, slot, &h); break;

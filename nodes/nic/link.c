@@ -99,6 +99,10 @@ static uint64_t taken_by_peer(struct link *link) {
   return link_opened(link) ? atomic_load_explicit(&link->in->taken, memory_order_acquire) : 0;
 }
 
+uint64_t link_tail(const struct link *link) { return link->tail; }
+
+uint64_t link_acknowledged(const struct link *link) { return taken_by_peer((struct link *)link); }
+
 bool link_room(const struct link *link) {
   return link->tail - taken_by_peer((struct link *)link) < LINK_PACKETS;
 }

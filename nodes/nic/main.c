@@ -142,6 +142,7 @@ int nic_turn(void) {
   done += endpoints_work();
   done += links_receive();
   if (nic.unreliable_links) done += unreliable_links_work();
+  done += keepalive_work();
   done += links_transmit();
   done += give_back_work();
   return done;
@@ -154,7 +155,8 @@ int main(int count, char **argument) {
     if (nic_turn()) {
       vmmc_idle_begin(&idle);
     } else if (!vmmc_idle_poll(&idle)) {
-      sleep_until_work(have_work, nic.unreliable_links ? unreliable_links_due() : UINT64_MAX);
+      uint64_t due_ns = unreliable_links_due(), alive_ns = keepalive_due();
+      sleep_until_work(have_work, due_ns < alive_ns ? due_ns : alive_ns);
       vmmc_idle_woken(&idle);
     }
   }

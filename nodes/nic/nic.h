@@ -19,6 +19,7 @@
  *   retransmit.c  how packets get across a wire that loses them
  *   wire.c        what the link runs over, and the faults that people set
  *   packet.h      what travels on it
+ *   keepalive.c   connections that ask whether their peer is there
  *   wake.c        waking programs
  *   sleep.c       sleeping until somebody rings
  *   control.c     the daemon
@@ -61,6 +62,8 @@ struct slot_work {
   struct remote *remote;  /* mapping of the peer's segment, once data came from it */
   uint64_t last_event;    /* position + 1 of its newest entry in the event ring */
   uint64_t seen;          /* give_back.c: what the last sweep saw of its positions */
+  uint64_t keepalive;     /* app_slot.keepalive as keepalive.c goes by it, 0: not watched; */
+  uint32_t kept_alive;    /* and of which generation */
   uint32_t slot;
   uint32_t next_held;     /* the next slot of the list that it is in, + 1 */
   bool held;              /* in the endpoint's list of slots whose rings may have pages to give back */
@@ -229,6 +232,7 @@ bool connection_credit_due(struct endpoint *e, uint32_t slot); /* there is enoug
 uint64_t connection_credit(struct endpoint *e, uint32_t slot); /* the limit to tell the peer now */
 bool connection_transmit(struct work *work, struct link *link);
 void connection_fail(struct endpoint *e, uint32_t slot, int error); /* the connection is dead */
+void connection_abandon(struct endpoint *e, uint32_t slot, int error); /* the same, and its peer is told by a reset */
 bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto); /* its default buffer */
 void connection_enqueue(struct endpoint *e, uint32_t slot);
 bool connection_wants_to_say(struct endpoint *e, uint32_t slot, const struct half *h);
@@ -327,6 +331,14 @@ void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot); /* un
 const char *link_carried(void);
 /* and whether its sender has given it up meanwhile, so that what was copied from there is not to be believed. */
 bool link_withdrawn(void);
+
+uint64_t link_tail(const struct link *link);         /* packets published, */
+uint64_t link_acknowledged(const struct link *link); /* and those that the peer's NIC is known to have handled */
+
+/* ---- keepalive.c ---- */
+void keepalive_watch(struct endpoint *e, uint32_t slot); /* when its program asks for it */
+int keepalive_work(void);                                /* duty */
+uint64_t keepalive_due(void);
 
 /* ---- retransmit.c ---- */
 int unreliable_links_work(void);     /* duty: what is due at a time */

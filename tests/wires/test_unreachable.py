@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -155,3 +157,36 @@ def test_a_node_is_cut_off_before_it_ever_talked(cluster: Cluster) -> None:
         while "is perfect" not in cluster.node(node).logs():
             pass
     assert cluster.node(6).python(connect, "node7", PORT) == errno.ECONNREFUSED
+
+
+def wait_kept_alive(host: str, port: int) -> int:
+    """The same with SO_KEEPALIVE, as impatient as it can be."""
+    with socket.create_connection((host, port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT):
+            connection.setsockopt(socket.IPPROTO_TCP, option, 1)
+        try:
+            connection.recv(1)
+        except OSError as error:
+            return error.errno or 0
+    return 0
+
+
+def test_keepalive_finds_a_peer_that_is_silent_on_a_perfect_wire(cluster: Cluster) -> None:
+    """Nobody else would: its node stands still.  A peer that is there goes on being waited for."""
+    receivers = [cluster.node(node).submit(receive_until_told, PORT) for node in (2, 3)]
+    for node in (2, 3):
+        cluster.node(node).wait_for_port(PORT)
+    waiters = [cluster.node(1).submit(wait_kept_alive, f"node{node}", PORT) for node in (2, 3)]
+    for node in (2, 3):
+        until(cluster.node(node), "ESTAB", 1)
+    nic = cluster.status()["nodes"][2]["nic_pid"]
+    os.kill(nic, signal.SIGSTOP)
+    try:
+        assert waiters[0].result(TIMEOUT_S) == errno.ETIMEDOUT
+    finally:
+        os.kill(nic, signal.SIGCONT)
+    assert waiters[1].process.poll() is None
+    waiters[1].process.kill()
+    assert receivers[0].result(TIMEOUT_S) == [("error", errno.ECONNRESET)]
+    assert receivers[1].result(TIMEOUT_S) == [("end", 0)]

@@ -223,6 +223,27 @@ static int set_v6only(struct vsocket *s, const void *value, socklen_t length) {
   return 0;
 }
 
+static uint32_t kept(const struct vsocket *s, int level, int name) {
+  int index = kept_index(s, level, name);
+  return (uint32_t)kept_options[index].value + (uint32_t)s->kept[index];
+}
+
+uint64_t socket_keepalive(const struct vsocket *s) {
+  if (!kept(s, SOL_SOCKET, SO_KEEPALIVE)) return 0;
+  return VMMC_KEEPALIVE(kept(s, IPPROTO_TCP, TCP_KEEPIDLE), kept(s, IPPROTO_TCP, TCP_KEEPINTVL),
+                        kept(s, IPPROTO_TCP, TCP_KEEPCNT));
+}
+
+/* Tells the NIC, when what was set is about that. */
+static void tell_keepalive(struct vsocket *s) {
+  if (!s->generation) return;
+  _Atomic uint64_t *told = &app_slot(s->endpoint, s->slot)->keepalive;
+  uint64_t wanted = socket_keepalive(s);
+  if (atomic_load_explicit(told, memory_order_relaxed) == wanted) return;
+  atomic_store_explicit(told, wanted, memory_order_relaxed); /* ordered by the ring */
+  endpoint_ring_slot(s->endpoint, s->slot);
+}
+
 int socket_setsockopt(struct vsocket *s, int level, int name, const void *value, socklen_t length) {
   if (!connection_usable(s)) return -EBADF;
   if ((int32_t)length < 0) return -EINVAL;
@@ -240,6 +261,7 @@ int socket_setsockopt(struct vsocket *s, int level, int name, const void *value,
     else if (number < option->low || number > option->high) return -EINVAL;
     if (option->kind == EARLY && s->phase >= SOCKET_CONNECTING && !connection_over(s)) return -EINVAL;
     s->kept[index] = (int32_t)((uint32_t)number - (uint32_t)option->value);
+    tell_keepalive(s);
     return 0;
   }
   switch (level) {

@@ -131,6 +131,8 @@ static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint
   atomic_store_explicit(&a->asleep_rx, 0, memory_order_relaxed);
   atomic_store_explicit(&a->post, 0, memory_order_relaxed);
   atomic_store_explicit(&a->receive_window, s->receive_buffer, memory_order_relaxed);
+  uint64_t keepalive = socket_keepalive(s);
+  atomic_store_explicit(&a->keepalive, keepalive, memory_order_relaxed);
   s->endpoint = e;
   s->slot = slot;
   s->request = atomic_load_explicit(&a->request, memory_order_relaxed); /* counts on from its last user */
@@ -144,6 +146,7 @@ static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint
   s->generation = generation;
   atomic_store(&a->exclusive, atomic_load(&s->exclusive));
   atomic_store(&a->watch, atomic_load(&s->watch));
+  if (keepalive) endpoint_ring_slot(e, slot); /* of an accepted connection the NIC would not look at it */
 }
 
 int slot_take(struct vsocket *s) {

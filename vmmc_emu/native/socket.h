@@ -93,6 +93,7 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
 int socket_name(struct vsocket *s, bool peer, struct sockaddr *address, socklen_t *length);
 int socket_getsockopt(struct vsocket *s, int level, int name, void *value, socklen_t *length);
 int socket_setsockopt(struct vsocket *s, int level, int name, const void *value, socklen_t length);
+uint64_t socket_keepalive(const struct vsocket *s); /* as in vmmc_app_slot */
 int socket_ioctl(struct vsocket *s, unsigned long request, int *number); /* -ENOTTY: not ours */
 
 /* What is ready now, as EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLHUP | EPOLLERR. */
