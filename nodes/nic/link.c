@@ -214,7 +214,7 @@ void link_reply(struct link *link, const struct packet *p) {
     link_push(link);
     return;
   }
-  struct outbox *entry = malloc(sizeof *entry);
+  struct outbox *entry = aligned_alloc(_Alignof(struct outbox), sizeof *entry); /* packets are: malloc aligns less */
   if (!entry) {
     log_event("error", "out of memory: an answer to node%u is lost", link->node);
     return;

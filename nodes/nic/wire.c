@@ -99,8 +99,11 @@ static bool before(const struct flight *a, const struct flight *b) {
 static bool push(struct wire *wire, const struct flight *flight) {
   if (wire->count == wire->size) {
     uint32_t size = wire->size ? wire->size * 2 : 512;
-    struct flight *heap = size > UNDER_WAY_MAX ? NULL : realloc(wire->heap, size * sizeof *heap);
+    /* packets are aligned to lines: malloc, and with it realloc, aligns less */
+    struct flight *heap = size > UNDER_WAY_MAX ? NULL : aligned_alloc(_Alignof(struct flight), size * sizeof *heap);
     if (!heap) return false;
+    if (wire->count) memcpy(heap, wire->heap, wire->count * sizeof *heap);
+    free(wire->heap);
     wire->heap = heap;
     wire->size = size;
   }
