@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from vmmc_emu.nodes import journal
 
@@ -372,6 +373,46 @@ def test_programs_that_attach_while_their_daemon_dies_notice_nothing(cluster: Cl
             assert program.stdout.readline() == "ok\n"
         program.stdin.close()
         assert program.wait(20) == 0
+
+
+def test_sleepers_are_woken_after_nic_and_daemon_died_together(cluster: Cluster) -> None:
+    """In recv, and in poll beside a kernel descriptor, which the NIC wakes by a descriptor that both had."""
+    sleeper = (
+        "import os, select, socket, sys, threading\n"
+        "listener = socket.create_server(('', 9214)); print('ready', flush=True)\n"
+        "first, _ = listener.accept(); second, _ = listener.accept()\n"
+        "def say(*words): os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"  # whole lines
+        "threading.Thread(target=lambda: say('recv', first.recv(9))).start()\n"
+        "poll = select.poll(); poll.register(second, select.POLLIN); poll.register(0, select.POLLIN)\n"
+        "say('asleep')\n"
+        "found = [number for number, _ in poll.poll()]\n"
+        "say('poll', found == [second.fileno()], second.recv(9))\n"
+    )
+    program = cluster.node(0).popen(
+        [sys.executable, "-c", sleeper], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    clients: list[Client] = []
+    try:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        clients += [Client(cluster, 1, 0, 9214) for _ in range(2)]
+        assert program.stdout.readline() == "asleep\n"
+        until(lambda: psutil.Process(program.pid).status() == psutil.STATUS_SLEEPING)
+        node = cluster.status()["nodes"][0]
+        os.kill(node["daemon_pid"], signal.SIGSTOP)  # it must not bring its NIC back before it dies, too
+        kill(node["nic_pid"])
+        kill(node["daemon_pid"])
+        for client, text in zip(clients, ("one", "two"), strict=True):
+            client.write(text)
+        said = {program.stdout.readline() for _ in range(2)}
+        assert said == {"recv b'one\\n'\n", "poll True b'two\\n'\n"}
+        until(lambda: cluster.status()["state"] == "up", cluster.logs)
+        recent = cluster.status()["nodes"][0]["restarts"]
+        assert (recent["daemon"]["count"], recent["nic"]["count"]) == (1, 1)
+    finally:
+        for process in (program, *(client.process for client in clients)):
+            process.kill()
+            process.communicate()
 
 
 def test_a_nic_that_nobody_knows_of_makes_room(cluster: Cluster) -> None:
