@@ -152,8 +152,13 @@ void endpoints_recover(void) {
 
 static void memory_descriptor(struct endpoint *e, int fd) {
   struct statfs s;
-  if (fstatfs(fd, &s) < 0 || s.f_type != PROC_SUPER_MAGIC) { /* a write to another file may wait for anything */
-    endpoint_nonsense(e, "its memory is said to be a file that is not in /proc");
+  char path[40], target[64] = "";
+  int end = 0;
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+  /* A write to another file may wait for anything, and one to another in /proc may be a setting. */
+  if (fstatfs(fd, &s) < 0 || s.f_type != PROC_SUPER_MAGIC || readlink(path, target, sizeof target - 1) < 0 ||
+      sscanf(target, "/proc/%*d/mem%n", &end) < 0 || !end || target[end]) {
+    endpoint_nonsense(e, "its memory is said to be a file that is no process's memory");
     close(fd);
     return;
   }
