@@ -27,6 +27,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -830,7 +831,10 @@ int main(int count, char **argument) {
   CHECK(shared != MAP_FAILED);
   pid_t child = fork(); /* whatever becomes of it, somebody says where it was, and cleans up */
   CHECK(child >= 0);
-  if (!child) exit(run_all(count, argument));
+  if (!child) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    exit(run_all(count, argument));
+  }
   int status;
   while (waitpid(child, &status, 0) < 0) CHECK(errno == EINTR);
   clean();

@@ -62,10 +62,18 @@ def run(fuzz: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "ASAN_OPTIONS": "detect_leaks=0:handle_sigbus=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    return subprocess.run(
-        [str(fuzz), *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=SECONDS + 100, check=False,
-    )  # fmt: skip
+    command = [str(fuzz), *arguments]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS + 100)
+    finally:
+        process.kill()
+        process.wait()
+        for segment in Path("/dev/shm").glob(f"vmmc.0.fuzz-{process.pid}.*"):
+            segment.unlink()
+    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def test_what_was_found(fuzz: Path) -> None:
