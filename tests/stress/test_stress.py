@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOAK_S = float(os.environ.get("VMMC_SOAK_MINUTES", "0")) * 60
 WAYS = ("block", "poll", "select", "level", "edge")  # of waiting
 PORT = 7000
-TESTS = 11  # that share the time of a soak
+TESTS = 12  # that share the time of a soak
 TIMEOUT_S = 100
 
 Program = Callable[..., str]
@@ -235,8 +235,8 @@ def mortal_cluster(mortal: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[i
 
 
 @contextlib.contextmanager
-def shaken(cluster: Cluster, seed: int) -> Iterator[None]:
-    """Wires that become others all the time: faulty, slow, cut, perfect."""
+def shaken(cluster: Cluster, seed: int, **always: Any) -> Iterator[None]:
+    """Wires that become others all the time: faulty, slow, cut, perfect.  always: settings that stay."""
     chance = random.Random(seed)
     choices: dict[str, list[Any]] = {
         "up": [False, True, True],
@@ -255,7 +255,7 @@ def shaken(cluster: Cluster, seed: int) -> Iterator[None]:
             names = chance.sample(sorted(choices), chance.choice([0, 1, 2, 4]))
             faults = {name: chance.choice(choices[name]) for name in names}
             ends = chance.sample(nodes, 2)
-            change = wires.Change([ends[0]], [ends[1]], {"seed": seed, **faults}, reset=True)
+            change = wires.Change([ends[0]], [ends[1]], {"seed": seed, **faults, **always}, reset=True)
             wires.change(cluster.place, [change])
 
     with ThreadPoolExecutor(1) as pool:
@@ -285,6 +285,74 @@ def test_streams_survive_nics_that_die_and_wires_that_are_faulty(
                 until(lambda: only_listeners(cluster))
             assert "a successor starts" in cluster.logs()
             assert sum(each["packets_resent"] for each in cluster.counters().values()) > 0
+
+
+def echo(port: int) -> None:
+    """Sends back what comes, on every connection; runs on a node."""
+
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while data := connection.recv(1 << 16):
+                connection.sendall(data)
+
+    with socket.create_server(("", port), backlog=64) as listener:
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+
+def ask(host: str, port: int, seed: int, seconds: float) -> list[str]:
+    """Has bytes sent back, one connection after the other; how each ended; runs on a node."""
+    chance = random.Random(seed)
+    ends: list[str] = []
+    end = time.monotonic() + seconds
+
+    def send(connection: socket.socket, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+
+    while not ends or time.monotonic() < end:
+        data, found = chance.randbytes(chance.choice([1, 1000, 200_000])), b""
+        try:
+            with socket.create_connection((host, port)) as connection:
+                sender = threading.Thread(target=send, args=(connection, data))
+                sender.start()
+                try:
+                    while part := connection.recv(1 << 16):
+                        found += part
+                finally:
+                    sender.join()
+            ends.append("whole" if found == data else "short")
+        except OSError as error:
+            ends.append(f"error {error.errno}")
+        assert data.startswith(found)
+    return ends
+
+
+@pytest.mark.native
+def test_peers_are_given_up_again_and_again(
+    mortal_cluster: Callable[[int, int, float], Cluster],
+) -> None:
+    """No wrong byte and no end too early, nothing hangs or is left, and afterwards everything works."""
+    for seed in seeds():
+        seconds = 2 if seed == 1 else 10
+        with mortal_cluster(3, seed, seconds) as cluster:
+            for node in cluster.nodes:
+                node.submit(echo, PORT)
+            for node in cluster.nodes:
+                node.wait_for_port(PORT)
+            ways = [(a, b) for a in range(3) for b in range(3) if a != b]
+            with shaken(cluster, seed, unreachable_ns=50_000_000):
+                asking = [
+                    cluster.node(a).submit(ask, f"node{b}", PORT, seed * 10 + a * 3 + b, seconds)
+                    for a, b in ways
+                ]
+                ends = {each for call in asking for each in call.result(TIMEOUT_S)}
+            assert "short" not in ends
+            asking = [cluster.node(a).submit(ask, f"node{b}", PORT, seed, 0) for a, b in ways]
+            assert [call.result(TIMEOUT_S) for call in asking] == [["whole"]] * len(ways)
+            until(lambda: only_listeners(cluster))
 
 
 @pytest.mark.native
