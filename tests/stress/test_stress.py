@@ -378,7 +378,7 @@ def test_each_step_of_copying_and_acknowledging_may_be_the_last(
     mortal: Path, monkeypatch: pytest.MonkeyPatch, program: Program, tmp_path: Path, memory: str
 ) -> None:
     """The receiver's NIC dies after each in turn, while redirections are posted and cancelled."""
-    chunk, rounds, most = 100_000, 200, 1000 if SOAK_S else 300
+    chunk, rounds, most = 100_000, 200, 1000 if SOAK_S else 150
     turns = tmp_path / "turns"
     turns.write_bytes(bytes(8))
     monkeypatch.setenv("VMMC_NATIVE_DIR", str(mortal))
