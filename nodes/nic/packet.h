@@ -36,10 +36,10 @@ enum packet_type {
 enum { /* packet.flags */
   PACKET_LAST = 1,        /* SEND: the last piece */
   PACKET_NOTIFY = 2,      /* SEND: notify with the last piece */
-  PACKET_MORE = 8,        /* SEND: the transfer goes on with another command: not yet an arrival */
   PACKET_WANT_CLOSED = 4, /* RESET: answer with CLOSED */
+  PACKET_MORE = 8,        /* SEND: the transfer goes on with another command: not yet an arrival */
   PACKET_WANT_PLACED = 16, /* DATA: answer with CREDIT once the bytes are there */
-  PACKET_AGAIN = 8,       /* CONNECT, SEND: perhaps handled before, by a NIC that has died since */
+  PACKET_AGAIN = 32,      /* CONNECT: perhaps handled before, by a NIC that has died since; CREDIT: are you there? */
 };
 
 /* One end: the slot of a connection, or the command (VMMC) of an endpoint. */

@@ -156,22 +156,29 @@ void port_release(struct connection *c) {
   c->binding = 0;
 }
 
+static bool listens(const struct binding *b, const struct vmmc_address *to) {
+  return b->listening && b->address.port == to->port && covers(b, to);
+}
+
+static bool is_exactly(const struct binding *b, const struct vmmc_address *to) {
+  return !memcmp(b->address.ip, to->ip, 16);
+}
+
 struct binding *port_listener(const struct vmmc_address *to) {
-  struct binding *candidate[64];
-  uint32_t count = 0;
-  bool exact = false;
+  uint32_t exact = 0, wild = 0;
   for (uint32_t i = *bucket_of(to->port); i; i = nic.state->binding[i - 1].next) {
-    struct binding *b = &nic.state->binding[i - 1];
-    if (!b->listening || b->address.port != to->port || !covers(b, to)) continue;
-    bool same = !memcmp(b->address.ip, to->ip, 16);
-    if (same && !exact) count = 0; /* an exact address goes before any wildcard */
-    if (same || !exact) {
-      if (count < 64) candidate[count++] = b;
-      exact = exact || same;
-    }
+    const struct binding *b = &nic.state->binding[i - 1];
+    if (!listens(b, to)) continue;
+    if (is_exactly(b, to)) exact++;
+    else wild++;
   }
-  /* SO_REUSEPORT: several share the port, in turn */
-  return count ? candidate[nic.state->round_robin++ % count] : NULL;
+  if (!exact && !wild) return NULL;
+  /* An exact address goes before any wildcard.  SO_REUSEPORT: several share the port, in turn. */
+  uint32_t turn = nic.state->round_robin++ % (exact ? exact : wild);
+  for (uint32_t i = *bucket_of(to->port);; i = nic.state->binding[i - 1].next) {
+    struct binding *b = &nic.state->binding[i - 1];
+    if (listens(b, to) && (!exact || is_exactly(b, to)) && !turn--) return b;
+  }
 }
 
 /* Buckets and the free list are made anew from the bindings that a connection refers to: the predecessor may

@@ -305,7 +305,13 @@ static void look_at_timers(struct link *link, uint64_t now_ns) {
 static const struct packet *handled; /* in the sender's queue */
 static uint8_t handled_type;
 
-bool link_withdrawn(void) { return handled && *(const volatile uint8_t *)&handled->type != handled_type; }
+bool link_withdrawn(void) {
+  if (!handled) return false;
+  /* acquire: the copy's reads before this look.  A sender that gives up empties the packet before its program has the
+   * memory back, so a copy that met anything newer there finds the packet empty. */
+  atomic_thread_fence(memory_order_acquire);
+  return *(const volatile uint8_t *)&handled->type != handled_type;
+}
 
 static bool may_corrupt(const struct retransmit *r) { return r->wire.set.corrupt_ppb; }
 

@@ -135,6 +135,22 @@ INTERPOSE ssize_t readv(int fd, const struct iovec *vector, int count) {
   return received(f, pieces, count, 0);
 }
 
+/* With the position -1 these two are readv and writev; a socket has no other position, as the kernel says itself. */
+enum { ORDINARY = RWF_HIPRI | RWF_DSYNC | RWF_SYNC, KNOWN = ORDINARY | RWF_NOWAIT };
+
+INTERPOSE ssize_t preadv64v2(int fd, const struct iovec *vector, int count, off64_t position, int flags) {
+  if (position != -1 || flags & ~KNOWN) return REAL(preadv64v2)(fd, vector, count, position, flags);
+  SOCKET_OR(fd, REAL(preadv64v2)(fd, vector, count, position, flags));
+  REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : 0);
+  struct iovec pieces[count + 1];
+  REFUSE_IF(take_vector(pieces, vector, (size_t)count));
+  if (is_empty(pieces, count)) return file_put(f), 0;
+  return received(f, pieces, count, flags & RWF_NOWAIT ? MSG_DONTWAIT : 0);
+}
+INTERPOSE ssize_t preadv2(int fd, const struct iovec *vector, int count, off_t position, int flags) {
+  return preadv64v2(fd, vector, count, position, flags);
+}
+
 INTERPOSE ssize_t recv(int fd, void *buffer, size_t length, int flags) {
   SOCKET_OR(fd, REAL(recv)(fd, buffer, length, flags));
   return received(f, &(struct iovec){buffer, length}, 1, flags);
@@ -196,6 +212,7 @@ INTERPOSE int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int fla
   SOCKET_OR(fd, REAL(recvmmsg)(fd, messages, count, flags, timeout));
   struct timespec limit = {0, 0};
   REFUSE_IF(timeout && !fault_copy(&limit, timeout, sizeof limit) ? EFAULT : 0);
+  REFUSE_IF(limit.tv_sec < 0 || limit.tv_nsec < 0 || limit.tv_nsec >= 1000000000 ? EINVAL : 0);
   file_put(f);
   uint64_t start = vmmc_now_ns();
   unsigned done = 0;
@@ -209,11 +226,10 @@ INTERPOSE int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int fla
       break;
     }
     done++;
-    if (got == 0) break; /* end of file: there will be no more */
     /* As the kernel does: the time is looked at after each message only. */
     if (timeout && vmmc_now_ns() - start >= (uint64_t)limit.tv_sec * 1000000000 + (uint64_t)limit.tv_nsec) break;
   }
-  return done ? (int)done : -1;
+  return done || !count ? (int)done : -1;
 }
 
 /* ---- sending ---- */
@@ -231,6 +247,19 @@ INTERPOSE ssize_t writev(int fd, const struct iovec *vector, int count) {
   REFUSE_IF(take_vector(pieces, vector, (size_t)count));
   if (is_empty(pieces, count)) return file_put(f), 0;
   return sent(f, pieces, count, 0);
+}
+
+INTERPOSE ssize_t pwritev64v2(int fd, const struct iovec *vector, int count, off64_t position, int flags) {
+  if (position != -1 || flags & ~KNOWN) return REAL(pwritev64v2)(fd, vector, count, position, flags);
+  SOCKET_OR(fd, REAL(pwritev64v2)(fd, vector, count, position, flags));
+  REFUSE_IF(count < 0 || count > IOV_MAX ? EINVAL : 0);
+  struct iovec pieces[count + 1];
+  REFUSE_IF(take_vector(pieces, vector, (size_t)count));
+  if (is_empty(pieces, count)) return file_put(f), 0;
+  return sent(f, pieces, count, flags & RWF_NOWAIT ? MSG_DONTWAIT : 0);
+}
+INTERPOSE ssize_t pwritev2(int fd, const struct iovec *vector, int count, off_t position, int flags) {
+  return pwritev64v2(fd, vector, count, position, flags);
 }
 
 INTERPOSE ssize_t send(int fd, const void *buffer, size_t length, int flags) {
@@ -383,13 +412,70 @@ INTERPOSE ssize_t sendfile(int to, int from, off_t *offset, size_t length) {
   return offset && !fault_copy(offset, &at, sizeof at) ? too_late(EFAULT) : result;
 }
 
-INTERPOSE ssize_t splice(int from, off64_t *from_offset, int to, off64_t *to_offset, size_t length, unsigned flags) {
-  struct file *a = descriptor_peek(from), *b = descriptor_peek(to);
-  if ((a && a->kind != FILE_EPOLL) || (b && b->kind != FILE_EPOLL)) {
-    errno = EINVAL; /* what splice answers for a file without support: programs then copy */
-    return -1;
+/* Between a socket and a pipe: in pieces for which the receiving side has room before the other gives them, so that
+ * what cannot be moved stays where it is.  SPLICE_F_NONBLOCK is of the pipe, O_NONBLOCK of the socket, and whoever
+ * has moved something waits for neither.  1: the pipe is ready; 0 or -errno: it is not. */
+static int pipe_is_ready(int pipe, short events, bool waits) {
+  int ready = REAL(poll)(&(struct pollfd){.fd = pipe, .events = events}, 1, waits ? -1 : 0);
+  return ready < 0 ? -errno : ready;
+}
+
+static ssize_t splice_to_pipe(struct file *f, int pipe, size_t length, unsigned flags) {
+  char piece[PIPE_BUF]; /* for which a pipe has room when it says that it has any */
+  ssize_t total = 0, got = 0;
+  while ((size_t)total < length) {
+    int room = pipe_is_ready(pipe, POLLOUT, !total && !(flags & SPLICE_F_NONBLOCK));
+    if (room <= 0) return total ? total : room ? room : -EAGAIN;
+    struct iovec into = {piece, length - (size_t)total < sizeof piece ? length - (size_t)total : sizeof piece};
+    got = socket_receive(f->socket, &into, 1, flags_of(f, total ? MSG_DONTWAIT : 0));
+    if (got <= 0) break;
+    if (REAL(write)(pipe, piece, (size_t)got) < 0) return total ? total : -errno;
+    total += got;
   }
-  return REAL(splice)(from, from_offset, to, to_offset, length, flags);
+  return total ? total : got;
+}
+
+static ssize_t splice_from_pipe(struct file *f, int pipe, size_t length, unsigned flags) {
+  char piece[16384];
+  size_t most = f->socket->send_buffer ? f->socket->send_buffer / 3 : sizeof piece; /* fits into a writable socket */
+  if (most > sizeof piece) most = sizeof piece;
+  ssize_t total = 0;
+  while ((size_t)total < length) {
+    int there = pipe_is_ready(pipe, POLLIN, !total && !(flags & SPLICE_F_NONBLOCK));
+    if (there <= 0) return total ? total : there ? there : -EAGAIN;
+    /* A socket that takes nothing says so before the pipe has given anything. */
+    ssize_t result = socket_send(f->socket, &(struct iovec){piece, 0}, 1, flags_of(f, 0));
+    if (result == 0 && is_nonblocking(f) && !(socket_ready(f->socket) & EPOLLOUT)) result = -EAGAIN;
+    if (result < 0) return total ? total : result;
+    ssize_t got = REAL(read)(pipe, piece, length - (size_t)total < most ? length - (size_t)total : most);
+    if (got <= 0) return total ? total : got < 0 ? -errno : 0;
+    for (ssize_t done = 0; done < got; done += result) {
+      result = socket_send(f->socket, &(struct iovec){piece + done, (size_t)(got - done)}, 1, 0);
+      if (result < 0) return total ? total : result;
+      total += result;
+    }
+  }
+  return total;
+}
+
+INTERPOSE ssize_t splice(int from, off64_t *from_offset, int to, off64_t *to_offset, size_t length, unsigned flags) {
+  struct file *source = socket_get(from), *f = source ? source : socket_get(to);
+  if (!f) return REAL(splice)(from, from_offset, to, to_offset, length, flags);
+  if (f == &file_forked) return descriptor_refuse(source ? from : to);
+  if (!length) return file_put(f), 0;
+  int pipe = source ? to : from, mode = REAL(fcntl)(pipe, F_GETFL) & O_ACCMODE;
+  REFUSE_IF(REAL(fcntl)(pipe, F_GETFD) < 0 || mode == (source ? O_RDONLY : O_WRONLY) ? EBADF : 0);
+  REFUSE_IF(REAL(fcntl)(pipe, F_GETPIPE_SZ) < 0 ? EINVAL : 0); /* one of the two must be a pipe */
+  REFUSE_IF((source ? to_offset : from_offset) ? ESPIPE : from_offset || to_offset ? EINVAL : 0);
+  ssize_t result;
+  {
+    HOLDING(f);
+    result = source ? splice_to_pipe(f, pipe, length, flags) : splice_from_pipe(f, pipe, length, flags);
+  }
+  if (result >= 0) return result;
+  if (result == -EPIPE && !source) raise(SIGPIPE); /* of a pipe without readers the kernel has */
+  errno = (int)-result;
+  return -1;
 }
 
 /* ---- ioctl ---- */

@@ -124,6 +124,7 @@ int descriptor_install(int fd, struct file *f) {
     if (!atomic_compare_exchange_strong(chunk, &none, fresh)) free((void *)fresh);
   }
   struct file *before = atomic_exchange_explicit(entry_of(fd), f, memory_order_acq_rel);
+  if (__builtin_expect(fd < STANDARD_STREAMS, 0)) streams_follow(fd);
   if (before) file_put(before);
   return 0;
 }
@@ -132,6 +133,7 @@ void descriptor_forget(int fd) {
   descriptor_entry *entry = entry_of(fd);
   if (!entry || descriptor_is_borrowed()) return;
   struct file *before = atomic_exchange_explicit(entry, NULL, memory_order_acq_rel);
+  if (before && __builtin_expect(fd < STANDARD_STREAMS, 0)) streams_follow(fd);
   if (before) file_put(before);
 }
 
@@ -214,6 +216,7 @@ static void close_to_child(int fd, struct file *f, void *context) {
 
 void descriptor_fork_child(void) {
   table_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+  streams_fork_child();
   atomic_store_explicit(&owner_pid, (int32_t)REAL(syscall)(SYS_getpid), memory_order_relaxed);
   atomic_store_explicit(&open_sockets, 0, memory_order_relaxed);
   descriptor_walk(0, UINT32_MAX, close_to_child, NULL);
@@ -245,6 +248,7 @@ INTERPOSE int close(int fd) {
   /* The entry goes first: once the kernel has the number back, another thread may be given it. */
   descriptor_entry *entry = entry_of(fd);
   struct file *f = atomic_exchange_explicit(entry, NULL, memory_order_acq_rel);
+  if (f && __builtin_expect(fd < STANDARD_STREAMS, 0)) streams_follow(fd);
   int result = REAL(close)(fd);
   if (f) file_put(f);
   return result;

@@ -111,6 +111,11 @@ uint32_t descriptor_sockets(void); /* sockets that are open now */
  * the table is its parent's.  Costs a getpid: only for calls that would change the table. */
 bool descriptor_is_borrowed(void);
 
+/* A standard number is another file's now: so is its stream (streams.c). */
+enum { STANDARD_STREAMS = 3 };
+void streams_follow(int fd);
+void streams_fork_child(void);
+
 void descriptor_fork_prepare(void);
 void descriptor_fork_parent(void);
 void descriptor_fork_child(void);

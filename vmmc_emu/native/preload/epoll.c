@@ -149,19 +149,24 @@ static int left_ms(uint64_t deadline_ns) {
   return left > INT_MAX ? INT_MAX : (int)left;
 }
 
+/* Its number leads to the kernel's part, unless somebody closes it while others wait: of the sockets they hear. */
+static bool has_kernel_part(const struct instance *set, int epoll_fd) {
+  return atomic_load_explicit(&set->kernel_members, memory_order_relaxed) > 0 && descriptor_peek(epoll_fd) == set->file;
+}
+
 /* Events of both sides. `look`: ask the kernel too. */
 static int collect(struct instance *set, int epoll_fd, struct epoll_event *events, int room, bool look) {
   static _Atomic uint32_t turn;
   int count = 0;
   set_look(set);
-  bool kernel = look && atomic_load_explicit(&set->kernel_members, memory_order_relaxed) > 0;
+  bool kernel = look && has_kernel_part(set, epoll_fd);
   /* Where the room is small neither side may keep the other out. */
   bool kernel_first = kernel && (atomic_fetch_add_explicit(&turn, 1, memory_order_relaxed) & 1);
   for (int side = 0; side < 2 && count < room; side++) {
     if ((side == 0) == kernel_first) {
       int n = kernel ? REAL(epoll_wait)(epoll_fd, events + count, room - count, 0) : 0;
-      if (n < 0) return -1;
-      count += without_call_back(set, events + count, n);
+      if (n < 0 && has_kernel_part(set, epoll_fd)) return -1;
+      if (n > 0) count += without_call_back(set, events + count, n);
     } else {
       int n = set_harvest(set, events + count, room - count);
       if (n < 0 && !count) return -1;
@@ -178,7 +183,7 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
   vmmc_idle_begin(idle);
   bool everything = deadline_ns == 0, waited_for_nic = false;
   for (unsigned round = 1;; round++) {
-    bool kernel = atomic_load_explicit(&set->kernel_members, memory_order_relaxed) > 0;
+    bool kernel = has_kernel_part(set, epoll_fd);
     /* While it polls, what only the kernel has may wait for a few looks; a sleep ends for both sides. */
     if (everything || round % KERNEL_LOOK == 0 || set_stirs(set)) {
       if (!waited_for_nic) endpoint_let_nic_look(idle);

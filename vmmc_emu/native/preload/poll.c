@@ -22,6 +22,7 @@ struct look {
   struct file **files;   /* of each entry, held; NULL: the kernel's */
   struct pollfd *kernel; /* the kernel's part, entries of ours with -1; room for one more */
   nfds_t ours, theirs, nested;
+  bool tells_closed; /* poll: of a number that was closed meanwhile; select knows no such answer */
 };
 
 /* What poll reports of one of ours. */
@@ -33,11 +34,19 @@ static short report(struct file *f, short wanted) {
   return (short)(ready & ((uint16_t)wanted | POLLERR | POLLHUP));
 }
 
+/* What has woken a sleeper is the file that it began with; what it is told is of the number, as in the kernel. */
+static short report_number(struct file *f, const struct pollfd *asked) {
+  short events = report(f, asked->events);
+  bool is_closed = events && !descriptor_peek(asked->fd) && REAL(fcntl)(asked->fd, F_GETFD) < 0;
+  return is_closed ? POLLNVAL : events;
+}
+
 static int look_at_ours(struct look *look) {
   int ready = 0;
   for (nfds_t i = 0; i < look->count; i++) {
     if (!look->files[i]) continue;
-    look->set[i].revents = report(look->files[i], look->set[i].events);
+    look->set[i].revents = look->tells_closed ? report_number(look->files[i], &look->set[i])
+                                              : report(look->files[i], look->set[i].events);
     ready += look->set[i].revents != 0;
   }
   return ready;
@@ -178,12 +187,12 @@ static void call_end(void *context) {
 }
 
 /* poll over a set that has some of ours in it. deadline_ns 0: only look. */
-static int poll_ours(struct pollfd *set, nfds_t count, uint64_t deadline_ns, const sigset_t *mask) {
+static int poll_ours(struct pollfd *set, nfds_t count, uint64_t deadline_ns, const sigset_t *mask, bool tells_closed) {
   struct file *few_files[ON_STACK];
   struct pollfd few_kernel[ON_STACK + 1];
   struct call call; /* no initialiser: it would clear `before` each time */
   struct look *look = &call.look;
-  call.look = (struct look){.set = set, .files = few_files, .kernel = few_kernel};
+  call.look = (struct look){.set = set, .files = few_files, .kernel = few_kernel, .tells_closed = tells_closed};
   call.memory = NULL;
   call.mask = NULL;
   AT_END(ended, call_end, &call);
@@ -254,7 +263,7 @@ static int poll_given(struct pollfd *set, nfds_t count, uint64_t deadline_ns, co
   AT_END(freed, free_memory, memory);
   int result = 0;
   if (fault_copy(copy, set, count * sizeof *copy)) {
-    result = poll_ours(copy, count, deadline_ns, mask);
+    result = poll_ours(copy, count, deadline_ns, mask, true);
     if (fault_guard(give_events, &(struct given){.set = set, .count = count, .copy = copy})) return result;
   }
   errno = EFAULT;
@@ -389,7 +398,7 @@ static int select_ours(struct select_sets *s, uint64_t deadline_ns, const sigset
   nfds_t count = s->count;
   int result;
   for (;;) {
-    result = poll_ours(set, count, deadline_ns, mask);
+    result = poll_ours(set, count, deadline_ns, mask, false);
     if (result <= 0) break;
     /* poll reports a hang-up to whom select would not, a set of writers only, say: such a one must go on
      * waiting, and is asked less about. */

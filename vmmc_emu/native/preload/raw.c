@@ -60,6 +60,10 @@ static long taken_over(long number, const long *a, bool *mine) {
     case SYS_sendmsg: return sendmsg(N(int, 0), P(const struct msghdr *, 1), N(int, 2));
     case SYS_sendmmsg: return sendmmsg(N(int, 0), P(struct mmsghdr *, 1), N(unsigned, 2), N(int, 3));
     case SYS_sendfile: return sendfile64(N(int, 0), N(int, 1), P(off64_t *, 2), N(size_t, 3));
+    case SYS_preadv2: /* the position is in two halves where a word is too short for it; -1 is -1 in both */
+      return preadv64v2(N(int, 0), P(const struct iovec *, 1), N(int, 2), N(off64_t, 3), N(int, 5));
+    case SYS_pwritev2:
+      return pwritev64v2(N(int, 0), P(const struct iovec *, 1), N(int, 2), N(off64_t, 3), N(int, 5));
     case SYS_splice:
       return splice(N(int, 0), P(off64_t *, 1), N(int, 2), P(off64_t *, 3), N(size_t, 4), N(unsigned, 5));
     /* readiness */

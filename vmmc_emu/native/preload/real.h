@@ -57,8 +57,8 @@ void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noret
   X(socket) X(socketpair) X(bind) X(listen) X(accept) X(accept4) X(connect) X(shutdown) X(getsockname)       \
   X(getpeername) X(getsockopt) X(setsockopt)                                                                 \
   /* data */                                                                                                 \
-  X(read) X(readv) X(recv) X(recvfrom) X(recvmsg) X(recvmmsg) X(write) X(writev) X(send) X(sendto)           \
-  X(sendmsg) X(sendmmsg) X(sendfile) X(sendfile64) X(splice) X(vdprintf)                                     \
+  X(read) X(readv) X(preadv64v2) X(recv) X(recvfrom) X(recvmsg) X(recvmmsg) X(write) X(writev)               \
+  X(pwritev64v2) X(send) X(sendto) X(sendmsg) X(sendmmsg) X(sendfile) X(sendfile64) X(splice) X(vdprintf)    \
   /* readiness */                                                                                            \
   X(select) X(pselect) X(poll) X(ppoll) X(epoll_create) X(epoll_create1) X(epoll_ctl) X(epoll_wait)          \
   X(epoll_pwait) X(epoll_pwait2)                                                                             \

@@ -2,12 +2,16 @@
  * streams.c: stdio on a socket.
  *
  * The C library's streams call its own read and write, which nobody can take over.  A stream that fdopen
- * makes of a VMMC socket therefore gets functions of its own; dprintf formats and then writes.
+ * makes of a VMMC socket therefore gets functions of its own; dprintf formats and then writes.  stdin, stdout and
+ * stderr are variables in this C library: while one's number is a VMMC socket (dup2), it names such a stream.  What
+ * keeps the old stream's address, as std::cout does, does not follow.
  */
 #include <errno.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <stdio_ext.h>
 #include <string.h>
+#include <wchar.h>
 
 #include "descriptors.h"
 #include "real.h"
@@ -24,7 +28,18 @@ static ssize_t stream_write(void *cookie, const char *buffer, size_t length) {
   }
   return (ssize_t)done;
 }
+static int stream_seek(void *cookie, off64_t *offset, int from) {
+  (void)cookie, (void)offset, (void)from;
+  errno = ESPIPE;
+  return -1;
+}
 static int stream_close(void *cookie) { return close((int)(intptr_t)cookie); }
+
+static FILE *stream_of(int fd, const char *mode, cookie_io_functions_t functions) {
+  FILE *stream = fopencookie((void *)(intptr_t)fd, mode, functions);
+  if (stream) stream->_fileno = fd; /* what fileno() answers: the C library keeps it there for all streams */
+  return stream;
+}
 
 INTERPOSE FILE *fdopen(int fd, const char *mode) {
   struct file *f = socket_get(fd);
@@ -34,11 +49,85 @@ INTERPOSE FILE *fdopen(int fd, const char *mode) {
     descriptor_refuse(fd);
     return NULL;
   }
-  FILE *stream = fopencookie((void *)(intptr_t)fd, mode,
-                             (cookie_io_functions_t){stream_read, stream_write, NULL, stream_close});
-  if (stream) stream->_fileno = fd; /* what fileno() answers: the C library keeps it there for all streams */
-  return stream;
+  return stream_of(fd, mode, (cookie_io_functions_t){stream_read, stream_write, stream_seek, stream_close});
 }
+
+/* ---- the standard streams ---- */
+
+static FILE **const variables[STANDARD_STREAMS] = {&stdin, &stdout, &stderr};
+static struct {
+  FILE *before; /* what the variable named */
+  FILE *ours;   /* what it names while the number is a socket; kept for the next time, as others may know it */
+} standard[STANDARD_STREAMS];
+static pthread_mutex_t standard_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* What stands in the buffer of a stream goes on to where its number leads now. */
+static void hand_over(FILE *from, FILE *to) {
+  flockfile(from);
+  if (__fwriting(from) && fwide(from, 0) <= 0) {
+    fwrite(from->_IO_write_base, 1, __fpending(from), to);
+    __fpurge(from);
+  }
+  funlockfile(from);
+}
+
+/* What stdin had read before comes first. */
+static ssize_t standard_read(void *cookie, char *buffer, size_t length) {
+  FILE *before = standard[(intptr_t)cookie].before;
+  size_t left = (size_t)(before->_IO_read_end - before->_IO_read_ptr);
+  if (!left) return stream_read(cookie, buffer, length);
+  if (length > left) length = left;
+  memcpy(buffer, before->_IO_read_ptr, length);
+  before->_IO_read_ptr += length;
+  return (ssize_t)length;
+}
+
+/* fclose: the stream is no more, and the number's next socket gets another. */
+static int standard_close(void *cookie) {
+  int fd = (int)(intptr_t)cookie;
+  critical_lock(&standard_lock);
+  *variables[fd] = standard[fd].before;
+  standard[fd].ours = NULL;
+  critical_unlock(&standard_lock);
+  return close(fd);
+}
+
+static void to_socket(int fd) {
+  FILE *before = *variables[fd];
+  if (!before || before == standard[fd].ours || before->_fileno != fd) return; /* the program has put its own there */
+  if (!standard[fd].ours) {
+    FILE *stream = stream_of(fd, fd ? "w" : "r", (cookie_io_functions_t){standard_read, stream_write, stream_seek, standard_close});
+    if (!stream) return;
+    standard[fd].ours = stream;
+    enum { UNBUFFERED = 2 }; /* _IO_UNBUFFERED: the headers only tell of lines */
+    if (before->_flags & UNBUFFERED) setvbuf(stream, NULL, _IONBF, 0);
+    else if (__flbf(before)) setvbuf(stream, NULL, _IOLBF, 0);
+  }
+  standard[fd].before = before;
+  hand_over(before, standard[fd].ours);
+  *variables[fd] = standard[fd].ours;
+}
+
+static void from_socket(int fd) {
+  FILE *ours = standard[fd].ours;
+  if (!ours || *variables[fd] != ours) return;
+  hand_over(ours, standard[fd].before);
+  *variables[fd] = standard[fd].before;
+}
+
+void streams_follow(int fd) {
+  int error = errno;
+  critical_lock(&standard_lock);
+  const struct file *f = descriptor_peek(fd);
+  if (f && f->kind == FILE_SOCKET) to_socket(fd);
+  else from_socket(fd);
+  critical_unlock(&standard_lock);
+  errno = error;
+}
+
+void streams_fork_child(void) { standard_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER; }
+
+/* ---- dprintf ---- */
 
 INTERPOSE int vdprintf(int fd, const char *format, va_list arguments) {
   struct file *f = socket_get(fd);
