@@ -226,6 +226,9 @@ static void forget_work(struct endpoint *e) {
 void endpoint_settle(struct endpoint *e) {
   if (!e->dying || e->own->open) return;
   forget_work(e);
+  /* An observer that sees this 0, and afterwards the same again, has seen each endpoint's counters once. */
+  atomic_store_explicit(&nic.pub->retiring, e->serial, memory_order_relaxed);
+  atomic_thread_fence(memory_order_release); /* before the sums, which stand before its end */
   VMMC_APP_COUNTERS(RETIRE)
   for (uint32_t node = 0; node < nic.nodes; node++) {
     struct packet gone = { .type = PACKET_GONE, .from = { e->index, e->serial, 0, 0 } };
@@ -236,6 +239,7 @@ void endpoint_settle(struct endpoint *e) {
     if (nic.live[i] == e->index) nic.live[i--] = nic.live[--nic.live_count];
   nic.endpoint[e->index] = NULL;
   atomic_store_explicit(&nic.pub->endpoint[e->index], 0, memory_order_release);
+  atomic_store_explicit(&nic.pub->retiring, 0, memory_order_release);
   control_say(VMMC_CONTROL_GONE, e->index, e->serial, 0);
   unmap(e);
 }

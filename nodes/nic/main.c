@@ -99,6 +99,7 @@ static void take_over(void) {
   pub->boot = nic.boot;
   atomic_store(&pub->asleep, 0);
   atomic_store(&pub->nic_pid, getpid());
+  atomic_store(&pub->retiring, 0);
   /* Peers that see the new number repeat what the predecessor may have left unanswered. */
   atomic_fetch_add(&pub->incarnation, 1);
   pub->magic = VMMC_MAGIC;

@@ -22,7 +22,7 @@ def search(directory: Path, source: str, flags: tuple[str, ...], options: tuple[
     )
     assert done.returncode == 0, done.stdout
     assert "Error" not in done.stdout
-    subprocess.run([CC, "-O2", "-w", *flags, "-o", "pan", "pan.c"], cwd=directory, check=True)
+    subprocess.run([CC, "-O1", "-w", *flags, "-o", "pan", "pan.c"], cwd=directory, check=True)
     done = subprocess.run(
         ["./pan", "-m1000000", *options], cwd=directory, capture_output=True, text=True, check=False
     )

@@ -7,6 +7,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -129,26 +130,32 @@ static int counters_fill(const uint64_t *values, struct vmmc_counter *counters, 
   return COUNTERS;
 }
 
-int vmmc_node_counters(const char *cluster, uint32_t node, struct vmmc_counter *counters, int most) {
-  enum { TRIES = 100 };
-  struct vmmc_pub pub;
-  uint64_t values[COUNTERS];
-  int tries = 0;
-again:
-  if (!pub_read(cluster, node, &pub)) return -1;
-  memcpy(values, &pub.counters, sizeof pub.counters);
-  memcpy(values + NIC_COUNTERS, &pub.retired, sizeof pub.retired);
+/* One look: false when an endpoint came or went meanwhile, for then it may be counted twice, or not at all. */
+static bool counters_look(const char *cluster, uint32_t node, const struct vmmc_pub *pub, uint64_t *values) {
+  memcpy(values, &pub->counters, sizeof pub->counters);
+  memcpy(values + NIC_COUNTERS, &pub->retired, sizeof pub->retired);
   for (int i = 0; i < VMMC_ENDPOINTS_MAX; i++) {
-    uint32_t serial = atomic_load_explicit(&pub.endpoint[i], memory_order_relaxed);
+    uint32_t serial = atomic_load_explicit(&pub->endpoint[i], memory_order_relaxed);
     struct vmmc_app_header header;
-    if (!serial) continue;
-    if (!app_header_read(cluster, node, serial, &header)) {
-      if (++tries < TRIES) goto again; /* it has gone meanwhile: what it counted is among the retired */
-      continue;
-    }
+    if (!serial || !app_header_read(cluster, node, serial, &header)) continue;
     uint64_t of_app[APP_COUNTERS];
     memcpy(of_app, &header.counters, sizeof of_app);
     for (int c = 0; c < APP_COUNTERS; c++) values[NIC_COUNTERS + c] += of_app[c];
+  }
+  struct vmmc_pub after;
+  return pub_read(cluster, node, &after) && !pub->retiring && !after.retiring &&
+         !memcmp(&pub->retired, &after.retired, sizeof after.retired) &&
+         !memcmp(&pub->endpoint, &after.endpoint, sizeof after.endpoint);
+}
+
+int vmmc_node_counters(const char *cluster, uint32_t node, struct vmmc_counter *counters, int most) {
+  enum { LOOKS = 100 }; /* where endpoints come and go all the time, the last one has to do */
+  struct vmmc_pub pub;
+  uint64_t values[COUNTERS];
+  for (int look = 0; look < LOOKS; look++) {
+    if (!pub_read(cluster, node, &pub)) return -1;
+    if (counters_look(cluster, node, &pub, values)) break;
+    sched_yield(); /* the NIC may be waiting for this core */
   }
   return counters_fill(values, counters, most);
 }
