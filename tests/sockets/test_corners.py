@@ -92,3 +92,30 @@ def test_who_reaches_a_listener(bound: str, near: set[str], far: set[str], two_n
             )
             answers = dict(line.split() for line in done.stdout.splitlines())
             assert answers == {each: "reached" if each in reached else "ECONNREFUSED" for each in addresses}
+
+
+RECEIVER = """
+import socket
+with socket.create_server(("", 0)) as listener:
+    print(listener.getsockname()[1], flush=True)
+    connection, _ = listener.accept()
+while data := connection.recv(100):
+    print(data)
+"""
+SPEAKER = """
+import ctypes, os, socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
+    os.dup2(connection.fileno(), 1)
+ctypes.CDLL(None).printf(b"number %d", 7)
+"""
+
+
+def test_what_stdout_has_at_exit_is_sent(two_nodes: Cluster) -> None:
+    """A socket over standard output: what the C library's buffer holds goes out when the program ends."""
+    with two_nodes.node(0).popen(
+        [sys.executable, "-c", RECEIVER], stdout=subprocess.PIPE, text=True
+    ) as receiver:
+        assert receiver.stdout is not None
+        port = receiver.stdout.readline().strip()
+        two_nodes.node(1).run([sys.executable, "-c", SPEAKER, "node0", port], timeout=60, check=True)
+        assert receiver.stdout.read() == "b'number 7'\n"

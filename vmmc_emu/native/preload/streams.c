@@ -64,8 +64,9 @@ static pthread_mutex_t standard_lock = PTHREAD_MUTEX_INITIALIZER;
 /* What stands in the buffer of a stream goes on to where its number leads now. */
 static void hand_over(FILE *from, FILE *to) {
   flockfile(from);
-  if (__fwriting(from) && fwide(from, 0) <= 0) {
-    fwrite(from->_IO_write_base, 1, __fpending(from), to);
+  size_t pending = __fwriting(from) && fwide(from, 0) <= 0 ? __fpending(from) : 0;
+  if (pending) {
+    fwrite(from->_IO_write_base, 1, pending, to);
     __fpurge(from);
   }
   funlockfile(from);
