@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from vmmc_emu.cli import main
 
 from vmmc_emu import Cluster
 
@@ -187,12 +190,14 @@ def test_doctor(up: Cli, tmp_path: Any) -> None:
 
 
 def test_help_everywhere(up: Cli) -> None:
-    commands = ["up", "down", "status", "run", "logs", "ps", "stats", "bench", "demo", "doctor", "completion"]
     overview = up.ok("--help")
+    commands = re.findall(r"^  ([a-z]+)  ", overview.partition("\nCommands:\n")[2], re.MULTILINE)
+    assert {"up", "down", "status", "run", "logs", "ps", "stats", "node", "link", "bench"} <= set(commands)
     for command in commands:
-        assert f"\n  {command} " in overview
         for option in ("--help", "-h"):
-            assert up.ok(command, option).startswith(f"Usage: vmmc-emu {command} ")
+            shown = CliRunner().invoke(main, [command, option], prog_name="vmmc-emu")
+            assert (shown.exit_code, shown.stderr) == (0, "")
+            assert shown.stdout.startswith(f"Usage: vmmc-emu {command} ")
 
 
 def test_unknown_command(up: Cli) -> None:
