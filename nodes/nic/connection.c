@@ -50,13 +50,13 @@ bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto) {
 
 /* The slot's next connection begins at position 0, and what is allocated there stays. */
 static void rewind_ring(struct connection *c) {
-  uint64_t length = c->committed_to - c->committed_from;
+  uint64_t length = c->committed_to > c->committed_from ? c->committed_to - c->committed_from : 0;
   if (length > VMMC_RING) length = VMMC_RING;
   bool stays = c->committed_from % VMMC_RING == 0 || length == VMMC_RING;
-  /* In this order a successor finds no more than there is. */
-  c->committed_to = c->committed_from;
+  /* In this order a successor finds no more than there is, which is nothing when the end comes first. */
+  c->committed_to = 0;
   in_order();
-  c->committed_to = c->committed_from = 0;
+  c->committed_from = 0;
   in_order();
   if (stays) c->committed_to = length;
   /* What is allocated elsewhere in the ring is left to the next sweep that finds the connection idle. */
@@ -229,24 +229,30 @@ static uint32_t window_now(struct endpoint *e, uint32_t slot) {
   return window > cap ? cap : window;
 }
 
-uint64_t connection_credit(struct endpoint *e, uint32_t slot) {
+/* Makes room for more, where that is worth telling.  False: the limit stays. */
+static bool raise_limit(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
   uint32_t window = window_now(e, slot);
   uint64_t read = connection_read(e, slot), limit = read + window;
-  if (limit < c->told + window / 4) return c->told;
+  if (limit < c->told + window / 4) return false;
   if (!connection_commit(e, slot, limit)) {
     /* Memory is short: with what lies behind the reader given back, as much as before. */
     window = window > c->window ? c->window : window;
     limit = read + window;
     give_back_unused(e, slot);
-    if (limit <= c->told || !connection_commit(e, slot, limit)) return c->told;
+    if (limit <= c->told || !connection_commit(e, slot, limit)) return false;
   }
   if (window > c->window) c->grown = read;
   c->window = window;
-  c->recalling = 0; /* a RECALL on its way is void */
-  in_order();
   c->told = limit;
-  return limit;
+  return true;
+}
+
+uint64_t connection_credit(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  raise_limit(e, slot);
+  c->recalling = 0; /* the peer goes by what it hears last: a RECALL on its way is void */
+  return c->told;
 }
 
 bool connection_credit_due(struct endpoint *e, uint32_t slot) {
@@ -342,7 +348,7 @@ void connection_abandon(struct endpoint *e, uint32_t slot, int error) {
 }
 
 /* Entries are taken whole: a position inside one is none that the library stores. */
-static uint64_t accept_queue_taken(struct connection *c, const struct half *h) {
+uint64_t connection_entries_taken(struct connection *c, const struct half *h) {
   bool whole = h->consumed % sizeof(struct vmmc_accept_entry) == 0;
   if (whole && h->consumed >= c->consumed && h->consumed <= c->placed) c->consumed = h->consumed;
   return c->consumed;
@@ -359,7 +365,7 @@ static void tell_waiting(struct connection *listener) {
 
 static void look_listening(struct endpoint *e, uint32_t slot, const struct half *h) {
   struct connection *c = connection_of(e, slot);
-  uint64_t taken = accept_queue_taken(c, h);
+  uint64_t taken = connection_entries_taken(c, h);
   if (!(h->shut & VMMC_CLOSED)) {
     if ((c->placed - taken) / sizeof(struct vmmc_accept_entry) > c->backlog) return;
     tell_waiting(c);
@@ -420,7 +426,7 @@ static void answer_connect(struct link *link, const struct packet *p) {
   uint32_t listener = b->slot;
   struct connection *l = connection_of(e, listener);
   struct half h = connection_half(e, listener);
-  uint64_t waiting = l->placed - accept_queue_taken(l, &h);
+  uint64_t waiting = l->placed - connection_entries_taken(l, &h);
   if (waiting / sizeof(struct vmmc_accept_entry) > l->backlog ||
       waiting + sizeof(struct vmmc_accept_entry) > VMMC_RING) {
     l->waiting[link_node(link) / 64] |= 1ull << link_node(link) % 64;
@@ -628,8 +634,8 @@ static bool transmit_established(struct endpoint *e, uint32_t slot, struct link 
       break;
     }
     case PACKET_CREDIT: {
-      uint64_t told = c->told;
-      if (connection_credit(e, slot) == told && !(c->flags & (TELL_AGAIN | TELL_PLACED))) return false;
+      if (!raise_limit(e, slot) && !(c->flags & (TELL_AGAIN | TELL_PLACED))) return false;
+      connection_credit(e, slot);
       say(link, e, slot, PACKET_CREDIT)->flags = c->flags & TELL_AGAIN ? PACKET_AGAIN : 0;
       link_push(link);
       in_order();

@@ -132,7 +132,7 @@ static bool settle(struct endpoint *e, uint32_t slot, bool *quiet) {
   if (free) give_back_all(e, slot);
   if (e->dying || h.consumed < c->consumed || h.consumed > c->placed) return true;
   if (c->state == CONNECTION_LISTENING) {
-    c->consumed = h.consumed;
+    connection_entries_taken(c, &h);
     give_back_unused(e, slot);
   }
   if (c->state != CONNECTION_ESTABLISHED) return true;

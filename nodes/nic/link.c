@@ -332,14 +332,14 @@ void link_handle(struct link *link, const struct packet *p) {
 
 static int link_receive(struct link *link) {
   if (!link_opened(link)) return 0;
+  /* acquire: the packets that it counts; and where some are a successor's, that there is one is seen next */
+  uint64_t tail = atomic_load_explicit(&link->in->tail, memory_order_acquire);
   uint32_t incarnation = atomic_load(&link->pub->incarnation);
   if (incarnation != link->incarnation) {
     link->incarnation = incarnation;
     if (link->retransmit) retransmit_peer_is_new(link);
     link_retell(link);
   }
-  /* acquire: the packets that it counts */
-  uint64_t tail = atomic_load_explicit(&link->in->tail, memory_order_acquire);
   uint32_t far_wire = atomic_load_explicit(&link->in->wire, memory_order_acquire);
   if (far_wire != link->far_wire) {
     link->far_wire = far_wire;

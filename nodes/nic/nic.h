@@ -226,6 +226,8 @@ struct half {
   uint32_t shut; /* VMMC_SHUT_*, VMMC_CLOSED, VMMC_ABORT */
 };
 struct half connection_half(struct endpoint *e, uint32_t slot);
+/* A listener's: up to which entries of its accept queue the app has taken them. */
+uint64_t connection_entries_taken(struct connection *c, const struct half *h);
 /* Stream position up to which bytes are read: consumed by the app, or at an address that it posted. */
 uint64_t connection_read(const struct endpoint *e, uint32_t slot);
 bool connection_credit_due(struct endpoint *e, uint32_t slot); /* there is enough to tell */

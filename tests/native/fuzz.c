@@ -604,15 +604,36 @@ static void run(const uint8_t *data, size_t size) {
 
 /* ---- what was found, by name ---- */
 
-/* Closed with a position inside an entry of its accept queue: bytes of two entries were taken for a slot. */
-static void accept_inside_an_entry(void) {
+/* Nothing is held any more to see whether it is idle. */
+static void rest_until_swept(void) {
+  for (uint64_t due_ns; (due_ns = give_back_due_ns()) != 0; rest()) {
+    struct timespec due = { (time_t)(due_ns / 1000000000u), (long)(due_ns % 1000000000u) };
+    clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &due, NULL);
+  }
+}
+
+static void listen_and_connect(void) {
   take(hostile, 0, 1);
   take(hostile, 1, 1);
   request(hostile, 0, VMMC_REQUEST_LISTEN, 7000, 0, 4);
   rest();
   request(hostile, 1, VMMC_REQUEST_CONNECT, 7000, 0, 0);
   rest();
+}
+
+/* Closed with a position inside an entry of its accept queue: bytes of two entries were taken for a slot. */
+static void accept_inside_an_entry(void) {
+  listen_and_connect();
   app(hostile, 0)->consumed = 1;
+  app(hostile, 0)->shut = VMMC_CLOSED;
+  ring(hostile, 0);
+}
+
+/* The same, the position having been taken over when the listener was found idle. */
+static void idle_inside_an_entry(void) {
+  listen_and_connect();
+  app(hostile, 0)->consumed = 1;
+  rest_until_swept();
   app(hostile, 0)->shut = VMMC_CLOSED;
   ring(hostile, 0);
 }
@@ -749,7 +770,8 @@ static const struct {
   const char *name;
   void (*scenario)(void);
 } found[] = {
-  { "accept-inside-an-entry", accept_inside_an_entry }, { "closed-and-asking", closed_and_asking },
+  { "accept-inside-an-entry", accept_inside_an_entry }, { "idle-inside-an-entry", idle_inside_an_entry },
+  { "closed-and-asking", closed_and_asking },
   { "commands-go-back", commands_go_back }, { "too-many-commands", too_many_commands },
   { "cut-short", cut_short }, { "cut-short-as-well", cut_short_as_well }, { "blocking-waker", blocking_waker }, { "waker-that-is-a-pipe", waker_that_is_a_pipe },
   { "a-share-of-commands", a_share_of_commands }, { "a-share-of-doorbells", a_share_of_doorbells },
