@@ -62,7 +62,7 @@ struct connection {
   uint64_t placed;              /* bytes in the default buffer or redirected; listening: entries × 8 */
   uint64_t consumed;            /* newest checked value of the app's */
   uint64_t told;                /* limit told to the peer */
-  uint32_t recall, recalling;   /* number of the newest RECALL; 1: its answer is awaited, and counts */
+  uint32_t recall, recalling;   /* number of the newest RECALL; 1: its answer counts, since no limit was told after it */
   uint64_t grown;               /* what was read when the window last grew */
   uint64_t entry;               /* passive: where it stands in its listener's queue */
   uint32_t listener;            /* passive: the slot that it was accepted for */

@@ -18,7 +18,7 @@ enum packet_type {
   PACKET_CLOSE,    /* the same, and the sender reads no more; answered by CLOSED */
   PACKET_RESET,    /* the connection is dead; answered by CLOSED when `flags` asks */
   PACKET_CLOSED,   /* nothing of the connection is left here that could refer to yours */
-  PACKET_RECALL,   /* idle: credit above `limit` is taken back unless it is used; answered by: */
+  PACKET_RECALL,   /* idle: credit above `limit` is taken back unless it is used, or told anew; answered by: */
   PACKET_RECALLED, /* limit: what is left of the credit; placed; recall, as in the question */
   /* VMMC */
   PACKET_IMPORT,   /* name or id */

@@ -279,12 +279,14 @@ def test_streams_survive_nics_that_die_and_wires_that_are_faulty(
         with mortal_cluster(4, seed, seconds) as cluster, contextlib.ExitStack() as stack:
             for node, how in enumerate(("block", "level", "edge")):
                 stack.enter_context(server(cluster, node, program, how, 3 if how == "block" else 1))
-            while time.monotonic() < end:
+            # On a busy machine the time may be over before anything has begun.
+            while time.monotonic() < end or not any(
+                each["packets_resent"] for each in cluster.counters().values()
+            ):
                 with shaken(cluster, seed):
                     loads(cluster, program, seed, 40, [0, 1, 2])
                 until(lambda: only_listeners(cluster))
             assert "a successor starts" in cluster.logs()
-            assert sum(each["packets_resent"] for each in cluster.counters().values()) > 0
 
 
 def echo(port: int) -> None:
