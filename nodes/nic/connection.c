@@ -409,37 +409,9 @@ static void say_accepted(struct link *link, struct endpoint *e, uint32_t slot) {
   link_reply(link, &answer);
 }
 
-static void answer_connect(struct link *link, const struct packet *p) {
-  struct endpoint *e;
-  uint32_t slot;
-  if ((p->flags & PACKET_AGAIN) && made_before(p, link_node(link), &e, &slot)) {
-    say_accepted(link, e, slot);
-    return;
-  }
-  struct binding *b = port_listener(&p->peer);
-  e = b ? endpoint_find(b->endpoint, b->serial) : NULL;
-  if (!e || e->dying) {
-    COUNT_NODE(connections_refused, 1);
-    refuse(link, p, PACKET_REFUSED, ECONNREFUSED);
-    return;
-  }
-  uint32_t listener = b->slot;
+/* The connection that a CONNECT asks for, in a slot that was taken for it, and its entry in the accept queue. */
+static void accept_connect(struct link *link, const struct packet *p, struct endpoint *e, uint32_t listener, uint32_t slot) {
   struct connection *l = connection_of(e, listener);
-  struct half h = connection_half(e, listener);
-  uint64_t waiting = l->placed - connection_entries_taken(l, &h);
-  if (waiting / sizeof(struct vmmc_accept_entry) > l->backlog ||
-      waiting + sizeof(struct vmmc_accept_entry) > VMMC_RING) {
-    l->waiting[link_node(link) / 64] |= 1ull << link_node(link) % 64;
-    refuse(link, p, PACKET_BUSY, 0);
-    return;
-  }
-  slot = connection_commit(e, listener, l->placed + sizeof(struct vmmc_accept_entry)) ? take_passive(e) : VMMC_SLOTS;
-  if (slot == VMMC_SLOTS) {
-    log_event("warning", "endpoint %u (pid %d): no slot or memory for a connection to port %u", e->index, e->pid, p->peer.port);
-    COUNT_NODE(connections_refused, 1);
-    refuse(link, p, PACKET_REFUSED, ECONNREFUSED);
-    return;
-  }
   struct connection *c = connection_of(e, slot);
   uint32_t generation = c->generation + 1 ? c->generation + 1 : 1;
   prepare(e, slot);
@@ -471,6 +443,40 @@ static void answer_connect(struct link *link, const struct packet *p) {
   atomic_store_explicit(&nic_slot(e, listener)->placed, l->placed, memory_order_release);
   wake_slot(e, listener, WAKE_READERS);
   say_accepted(link, e, slot);
+}
+
+static void answer_connect(struct link *link, const struct packet *p) {
+  struct endpoint *e;
+  uint32_t slot;
+  if ((p->flags & PACKET_AGAIN) && made_before(p, link_node(link), &e, &slot)) {
+    say_accepted(link, e, slot);
+    return;
+  }
+  struct binding *b = port_listener(&p->peer);
+  e = b ? endpoint_find(b->endpoint, b->serial) : NULL;
+  if (!e || e->dying) {
+    COUNT_NODE(connections_refused, 1);
+    refuse(link, p, PACKET_REFUSED, ECONNREFUSED);
+    return;
+  }
+  uint32_t listener = b->slot;
+  struct connection *l = connection_of(e, listener);
+  struct half h = connection_half(e, listener);
+  uint64_t waiting = l->placed - connection_entries_taken(l, &h);
+  if (waiting / sizeof(struct vmmc_accept_entry) > l->backlog ||
+      waiting + sizeof(struct vmmc_accept_entry) > VMMC_RING) {
+    l->waiting[link_node(link) / 64] |= 1ull << link_node(link) % 64;
+    refuse(link, p, PACKET_BUSY, 0);
+    return;
+  }
+  slot = connection_commit(e, listener, l->placed + sizeof(struct vmmc_accept_entry)) ? take_passive(e) : VMMC_SLOTS;
+  if (slot == VMMC_SLOTS) {
+    log_event("warning", "endpoint %u (pid %d): no slot or memory for a connection to port %u", e->index, e->pid, p->peer.port);
+    COUNT_NODE(connections_refused, 1);
+    refuse(link, p, PACKET_REFUSED, ECONNREFUSED);
+    return;
+  }
+  accept_connect(link, p, e, listener, slot);
 }
 
 /* ---- the app rang ---- */
@@ -786,80 +792,58 @@ static bool is_deaf(struct endpoint *e, uint32_t slot) {
   return (connection_of(e, slot)->flags & SAID_FIN) && (connection_half(e, slot).shut & both) == both;
 }
 
-void connection_packet(struct link *link, const struct packet *p) {
-  if (p->type == PACKET_CONNECT) {
-    answer_connect(link, p);
-    return;
-  }
-  struct endpoint *e = endpoint_find(p->to.endpoint, p->to.serial);
-  uint32_t slot = p->to.slot;
-  if (!e || slot >= (is_passive(slot) ? e->own->passive_end : e->own->active_end)) {
-    unknown(link, p);
-    return;
-  }
+/* The answer to our CONNECT. */
+static void connect_answered(struct link *link, struct endpoint *e, uint32_t slot, const struct packet *p) {
   struct connection *c = connection_of(e, slot);
-  if (c->generation != p->to.generation || c->state == CONNECTION_NONE || c->far_node != link_node(link)) {
+  bool connecting = c->state == CONNECTION_CONNECTING || c->state == CONNECTION_BUSY;
+  if (p->type == PACKET_ACCEPTED) {
+    if (connecting)
+      established(e, slot, p);
+    else if (c->state != CONNECTION_ESTABLISHED && c->state != CONNECTION_CLOSING)
+      unknown(link, p);
+  } else if (!connecting) {
+    return;
+  } else if (p->type == PACKET_REFUSED) {
+    connection_fail(e, slot, p->error);
+  } else if (c->flags & APP_CLOSED) { /* BUSY */
+    finish(e, slot);
+  } else {
+    c->state = CONNECTION_BUSY;
+    link_wait_busy(link, e, slot);
+  }
+}
+
+/* Of a stream that is open here: bytes, positions, credit, its end. */
+static void stream_heard(struct link *link, struct endpoint *e, uint32_t slot, const struct packet *p) {
+  struct connection *c = connection_of(e, slot);
+  if (p->type == PACKET_DATA && is_deaf(e, slot)) {
     unknown(link, p);
+    connection_fail(e, slot, ECONNRESET);
     return;
   }
+  take_placed(e, slot, p->placed);
+  if (p->type == PACKET_RECALL) {
+    answer_recall(link, e, slot, p);
+    return;
+  }
+  if (p->type == PACKET_RECALLED) {
+    recalled(e, slot, p);
+    return;
+  }
+  take_limit(e, slot, p->limit);
+  if (p->type == PACKET_DATA) stream_place(e, slot, p);
+  if (p->type != PACKET_FIN || (c->flags & HEARD_FIN)) return;
+  c->flags |= HEARD_FIN;
+  set_status(e, slot, VMMC_END_OF_FILE);
+  wake_slot(e, slot, WAKE_READERS);
+}
+
+/* The peer is done with the connection, or with ours. */
+static void end_heard(struct link *link, struct endpoint *e, uint32_t slot, const struct packet *p) {
+  struct connection *c = connection_of(e, slot);
   bool connecting = c->state == CONNECTION_CONNECTING || c->state == CONNECTION_BUSY;
   bool live = c->state == CONNECTION_ESTABLISHED;
   switch (p->type) {
-    case PACKET_ACCEPTED:
-      if (connecting)
-        established(e, slot, p);
-      else if (!live && c->state != CONNECTION_CLOSING)
-        unknown(link, p);
-      break;
-    case PACKET_REFUSED:
-      if (connecting) connection_fail(e, slot, p->error);
-      break;
-    case PACKET_BUSY:
-      if (!connecting) break;
-      if (c->flags & APP_CLOSED) {
-        finish(e, slot);
-      } else {
-        c->state = CONNECTION_BUSY;
-        link_wait_busy(link, e, slot);
-      }
-      break;
-    case PACKET_DATA:
-      if (!live) {
-        if (!(c->flags & SAID_RESET)) unknown(link, p);
-        break;
-      }
-      if (is_deaf(e, slot)) {
-        unknown(link, p);
-        connection_fail(e, slot, ECONNRESET);
-        break;
-      }
-      take_placed(e, slot, p->placed);
-      take_limit(e, slot, p->limit);
-      stream_place(e, slot, p);
-      break;
-    case PACKET_CREDIT:
-    case PACKET_RECALL:
-    case PACKET_RECALLED:
-      if (!live) {
-        if (c->state == CONNECTION_DEAD && p->type == PACKET_CREDIT) unknown(link, p);
-        break;
-      }
-      take_placed(e, slot, p->placed);
-      if (p->type == PACKET_CREDIT)
-        take_limit(e, slot, p->limit);
-      else if (p->type == PACKET_RECALL)
-        answer_recall(link, e, slot, p);
-      else
-        recalled(e, slot, p);
-      break;
-    case PACKET_FIN:
-      if (live) take_placed(e, slot, p->placed);
-      if (live) take_limit(e, slot, p->limit);
-      if (!live || (c->flags & HEARD_FIN)) break;
-      c->flags |= HEARD_FIN;
-      set_status(e, slot, VMMC_END_OF_FILE);
-      wake_slot(e, slot, WAKE_READERS);
-      break;
     case PACKET_CLOSE:
       closed(link, p);
       if (!live) break;
@@ -876,6 +860,36 @@ void connection_packet(struct link *link, const struct packet *p) {
       if (c->state == CONNECTION_CLOSING) finish(e, slot);
       break;
     default: break;
+  }
+}
+
+void connection_packet(struct link *link, const struct packet *p) {
+  if (p->type == PACKET_CONNECT) {
+    answer_connect(link, p);
+    return;
+  }
+  struct endpoint *e = endpoint_find(p->to.endpoint, p->to.serial);
+  uint32_t slot = p->to.slot;
+  if (!e || slot >= (is_passive(slot) ? e->own->passive_end : e->own->active_end)) {
+    unknown(link, p);
+    return;
+  }
+  struct connection *c = connection_of(e, slot);
+  if (c->generation != p->to.generation || c->state == CONNECTION_NONE || c->far_node != link_node(link)) {
+    unknown(link, p);
+    return;
+  }
+  switch (p->type) {
+    case PACKET_ACCEPTED: case PACKET_REFUSED: case PACKET_BUSY:
+      connect_answered(link, e, slot, p);
+      break;
+    case PACKET_DATA: case PACKET_CREDIT: case PACKET_RECALL: case PACKET_RECALLED: case PACKET_FIN:
+      if (c->state == CONNECTION_ESTABLISHED)
+        stream_heard(link, e, slot, p);
+      else if (p->type == PACKET_DATA ? !(c->flags & SAID_RESET) : p->type == PACKET_CREDIT && c->state == CONNECTION_DEAD)
+        unknown(link, p);
+      break;
+    default: end_heard(link, e, slot, p);
   }
 }
 
