@@ -289,7 +289,7 @@ def one_round(program: Compiled, seed: int, seconds: float) -> None:
         assert chaos.done["sends"] > 0
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(0 if SOAK_S else 600)
 @pytest.mark.native
 def test_everything_dies_all_the_time(program: Compiled) -> None:
     """No byte is lost or doubled, nobody hangs, nothing is left behind."""
