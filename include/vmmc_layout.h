@@ -465,6 +465,9 @@ struct vmmc_nic_header {
   uint32_t magic, version; /* writer: NIC (the daemon makes the segment) */
   uint32_t node, endpoint, serial;
   _Atomic uint32_t ready; /* 1: the NIC serves this endpoint */
+  /* 1: it does so no more, though the program lives; `why` says why.  Stored before the sleepers are woken */
+  _Atomic uint32_t detached;
+  char why[VMMC_LINE + 36];
 
   /* Event ring: slots whose readiness changed and whose `watch` was not 0.  A slot that stands in it
    * untaken is not entered again.  Writer: NIC */

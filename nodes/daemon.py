@@ -70,6 +70,7 @@ class Daemon:
         self._to_nic = channel.Outbox(self._loop, self._control, self._hear_nic)
         self._sockets: dict[int, socket.socket] = {}  # attach sockets by descriptor
         self._indices: dict[int, int] = {}  # endpoint index → serial
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # to refuse somebody without another
         self._nic_pidfd = -1
         self._nic_started = 0.0
         self._nic_failures = 0
@@ -107,11 +108,11 @@ class Daemon:
         """Makes a segment whose first `committed` bytes no store can find missing (SIGBUS)."""
         name = names.segment_name(self._place.cluster, self._node, what)
         try:
-            segment = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
+            segment = open_segment(name, posix_ipc.O_CREX, mode=0o600, size=size)
         except posix_ipc.ExistentialError:
             # Of a daemon that died in the middle of making it: nobody has been told of it.
             posix_ipc.unlink_shared_memory(name)
-            segment = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=size)
+            segment = open_segment(name, posix_ipc.O_CREX, mode=0o600, size=size)
         try:
             if committed:
                 os.posix_fallocate(segment.fd, 0, committed)
@@ -249,10 +250,7 @@ class Daemon:
         self._nic_started = time.monotonic()
         self._loop.watch(pidfd, self._nic_ended)
         self._nic_ready = True
-        self._tell_everything()
-        for endpoint in list(self._store.endpoints.values()):
-            if not endpoint.replied:
-                self._reply(endpoint)
+        self._tell_everything()  # whom the NIC serves and nobody has answered is answered when it says so
         self._tell_supervisor(what="ready")
 
     def _tell_everything(self) -> None:
@@ -306,9 +304,15 @@ class Daemon:
                 continue
             if message["kind"] == self._protocol.CONTROL_READY:
                 self._nic_is_ready(message["value"])
+            elif message["kind"] == self._protocol.CONTROL_ATTACHED:
+                attached = self._store.endpoints.get(message["serial"])
+                if attached is not None and not attached.replied and not attached.ending:
+                    self._reply(attached)
             elif message["kind"] == self._protocol.CONTROL_EXPELLED:
                 expelled = self._store.endpoints.get(message["serial"])
-                if expelled is not None:
+                if expelled is not None and not expelled.ending:
+                    if not expelled.replied:
+                        self._say_no(self._sockets[expelled.attach], message["value"] or errno.EIO)
                     self._detach(expelled, "is not served any more: the NIC's log says why")
             elif message["kind"] == self._protocol.CONTROL_GONE:
                 self._forget_endpoint(message["serial"])
@@ -331,9 +335,7 @@ class Daemon:
         except OSError as error:
             log(WARNING, f"{self._name} cannot take a connection: {error.strerror}")
             if error.errno in {errno.EMFILE, errno.ENFILE}:
-                # The connection stays in the queue and would call again at once.
-                self._loop.unwatch(self._listener.fileno())
-                self._loop.call_later(0.2, lambda: self._loop.watch(self._listener.fileno(), self._accept))
+                self._refuse_with_spare(error.errno)
             return
         pid, uid = channel.peer(connection)
         if uid != os.getuid():
@@ -344,6 +346,20 @@ class Daemon:
         descriptor = connection.fileno()
         self._sockets[descriptor] = connection
         self._loop.watch(descriptor, lambda: self._hear_newcomer(connection, pid))
+
+    def _refuse_with_spare(self, error: int) -> None:
+        """There are no more descriptors: whoever is first in the queue is told so, and waits for nothing."""
+        os.close(self._spare)
+        try:
+            with contextlib.suppress(OSError):
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                self._say_no(connection, error)
+                with contextlib.suppress(BlockingIOError):
+                    connection.recv(4096)  # what is closed unread ends with a reset
+                connection.close()
+        finally:
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _drop(self, connection: socket.socket) -> None:
         self._loop.unwatch(connection.fileno())
@@ -379,8 +395,8 @@ class Daemon:
             log(WARNING, f"{name} cannot attach pid {pid}: {error.strerror}{hint}")
             self._refuse(connection, error.errno or errno.EIO, needed, free)
             return
+        # It is answered when the NIC has said that it serves it, or why it cannot.
         self._tell_nic(self._protocol.CONTROL_ATTACH, endpoint, endpoint.pid)
-        self._reply(endpoint)
         command = processes.command_of(pid)
         visits = request["kind"] == self._protocol.VISIT
         if not visits and not (self._place.processes / f"{processes.PROGRAM}-{pid}").exists():
@@ -391,13 +407,18 @@ class Daemon:
             f" {command[:200]}",
         )
 
-    def _refuse(self, connection: socket.socket, error: int, needed: int = 0, free: int = 0) -> None:
+    def _say_no(self, connection: socket.socket, error: int, needed: int = 0, free: int = 0) -> None:
+        if error in {errno.ENOSPC, errno.ENOMEM} and not needed:
+            needed, free = 2 * _CONTROL_BYTES, limits.shm_free_bytes()
         with contextlib.suppress(OSError):
             connection.send(
                 self._protocol.attach_reply.pack(
                     magic=self._protocol.MAGIC, error=error, needed_bytes=needed, free_bytes=free
                 )
             )
+
+    def _refuse(self, connection: socket.socket, error: int, needed: int = 0, free: int = 0) -> None:
+        self._say_no(connection, error, needed, free)
         self._drop(connection)
 
     def _new_endpoint(self, connection: socket.socket, pid: int) -> Endpoint:
@@ -442,7 +463,7 @@ class Daemon:
         descriptors = []
         try:
             for what in (f"ep{endpoint.serial}.app", f"ep{endpoint.serial}.nic", "pub"):
-                segment = posix_ipc.SharedMemory(
+                segment = open_segment(
                     names.segment_name(self._place.cluster, self._node, what),
                     read_only=not what.endswith(".app"),
                 )
@@ -454,6 +475,7 @@ class Daemon:
             socket.send_fds(self._sockets[endpoint.attach], [data], descriptors)
         except (OSError, posix_ipc.Error) as error:
             # Gone already, or its segments were removed under us: either way it has not been attached.
+            self._say_no(self._sockets[endpoint.attach], getattr(error, "errno", None) or errno.EIO)
             self._detach(endpoint, f"could not be answered ({error})")
         finally:
             for descriptor in descriptors:
@@ -633,6 +655,16 @@ def peer_pidfd(connection: socket.socket, pid: int) -> int:
         if error.errno not in {errno.ENOPROTOOPT, errno.EINVAL}:
             raise
     return os.pidfd_open(pid)
+
+
+def open_segment(name: str, flags: int = 0, **how: Any) -> posix_ipc.SharedMemory:
+    """posix_ipc.SharedMemory, whose error at a limit of descriptors names no errno."""
+    try:
+        return posix_ipc.SharedMemory(name, flags, **how)
+    except OSError as error:
+        if error.errno is None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from error
+        raise
 
 
 def open_log(path: Path) -> int:

@@ -55,6 +55,7 @@ class Protocol:
         self.CONTROL_ATTACH = constants["VMMC_CONTROL_ATTACH"]
         self.CONTROL_WAKER = constants["VMMC_CONTROL_WAKER"]
         self.CONTROL_DETACH = constants["VMMC_CONTROL_DETACH"]
+        self.CONTROL_ATTACHED = constants["VMMC_CONTROL_ATTACHED"]
         self.CONTROL_GONE = constants["VMMC_CONTROL_GONE"]
         self.CONTROL_READY = constants["VMMC_CONTROL_READY"]
         self.CONTROL_EXPELLED = constants["VMMC_CONTROL_EXPELLED"]

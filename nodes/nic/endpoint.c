@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/vfs.h>
+#include <unistd.h>
 
 #include "nic.h"
 
@@ -36,14 +37,54 @@ struct endpoint *endpoint_find(uint32_t index, uint32_t serial) {
 }
 
 static bool map_all(struct endpoint *e) {
-  e->app = map_part(nic.node, e->serial, "app", VMMC_APP_BYTES, true, &e->app_fd);
+  /* First what the program is told in, should the rest fail. */
   e->nic = map_part(nic.node, e->serial, "nic", VMMC_NIC_BYTES, true, &e->nic_fd);
+  if (e->nic && !segment_commit(e->nic_fd, 0, sizeof(struct vmmc_nic_header))) {
+    munmap(e->nic, VMMC_NIC_BYTES);
+    e->nic = NULL;
+  }
+  if (!e->nic) return false;
+  e->app = map_part(nic.node, e->serial, "app", VMMC_APP_BYTES, true, &e->app_fd);
+  if (!e->app) return false;
   e->own = map_part(nic.node, e->serial, "own", OWN_BYTES, true, &e->own_fd);
+  if (!e->own || !segment_commit(e->own_fd, 0, VMMC_PAGE)) return false;
   void *work = mmap(NULL, VMMC_SLOTS * sizeof *e->work, PROT_READ | PROT_WRITE,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   e->work = work == MAP_FAILED ? NULL : work;
-  return e->app && e->nic && e->own && e->work && segment_commit(e->nic_fd, 0, sizeof(struct vmmc_nic_header)) &&
-         segment_commit(e->own_fd, 0, VMMC_PAGE);
+  return e->work;
+}
+
+/* One that the program may use: nothing is under way in it any more. */
+static void end_slot(struct vmmc_nic_slot *n) {
+  if (!atomic_load_explicit(&n->generation, memory_order_relaxed)) return;
+  uint32_t status = atomic_load_explicit(&n->status, memory_order_relaxed);
+  if (!(status & VMMC_ERRNO_MASK)) atomic_store_explicit(&n->status, status | ECONNRESET, memory_order_release);
+  uint32_t taken = atomic_load_explicit(&n->ring_taken, memory_order_relaxed);
+  if (taken % 2) atomic_store_explicit(&n->ring_taken, taken + 1, memory_order_release);
+  atomic_store_explicit(&n->claim, 0, memory_order_release);
+}
+
+/*
+ * Tells a program that lives that it is served no more, as far as that can be said in `nic` alone: its library
+ * refuses new calls, finds its connections reset, and whoever sleeps in it, even in a slot that was never looked
+ * at, is woken.
+ */
+static void tell_detached(struct endpoint *e, const char *why) {
+  struct vmmc_nic_header *header = nic_header(e);
+  snprintf(header->why, sizeof header->why, "%s", why);
+  /* seq_cst: before the words change, so that who goes to sleep sees this or the change */
+  atomic_store(&header->detached, 1);
+  enum { SLOTS_PER_PAGE = VMMC_PAGE / sizeof(struct vmmc_nic_slot) };
+  const off_t end = VMMC_NIC_SLOTS + VMMC_SLOTS * sizeof(struct vmmc_nic_slot);
+  /* Pages that were never touched have no sleepers, and stay away. */
+  for (off_t at = VMMC_NIC_SLOTS; (at = lseek(e->nic_fd, at, SEEK_DATA)) >= 0 && at < end; at += VMMC_PAGE) {
+    struct vmmc_nic_slot *slot = (struct vmmc_nic_slot *)(e->nic + at);
+    for (int i = 0; i < SLOTS_PER_PAGE; i++) {
+      end_slot(&slot[i]);
+      wake_words(&slot[i]);
+    }
+  }
+  wake_all(e);
 }
 
 /* A predecessor served this endpoint: everything that it knew is in `own`. */
@@ -97,20 +138,29 @@ void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid) {
   struct endpoint *known = endpoint_find(index, serial);
   if (known) { /* found by a successor in `pub` before the daemon told it again */
     known->pid = pid;
+    control_say(VMMC_CONTROL_ATTACHED, index, serial, 0);
     return;
   }
-  if (index >= VMMC_ENDPOINTS_MAX || nic.endpoint[index]) {
-    log_event("error", "endpoint %u is taken", index);
+  bool taken = index >= VMMC_ENDPOINTS_MAX || nic.endpoint[index];
+  struct endpoint *e = taken ? NULL : calloc(1, sizeof *e);
+  if (!e) {
+    log_event("error", "cannot attach pid %d: endpoint %u %s", pid, index, taken ? "is taken" : "finds no memory");
+    control_say(VMMC_CONTROL_EXPELLED, index, serial, taken ? EBUSY : ENOMEM);
+    control_say(VMMC_CONTROL_GONE, index, serial, 0);
     return;
   }
-  struct endpoint *e = calloc(1, sizeof *e);
-  if (!e) return;
   *e = (struct endpoint){ .index = index, .serial = serial, .pid = pid, .app_fd = -1, .nic_fd = -1, .own_fd = -1, .memory = -1 };
   for (int i = 0; i < VMMC_WAKERS; i++) e->waker[i] = -1;
   if (!map_all(e)) {
-    log_event("error", "cannot attach pid %d as endpoint %u: %s", pid, index, strerror(errno));
+    int error = errno;
+    log_event("error", "cannot attach pid %d as endpoint %u: %s", pid, index, strerror(error));
+    if (e->nic) {
+      char why[sizeof nic_header(e)->why];
+      snprintf(why, sizeof why, "its NIC cannot attach it: %s", strerror(error));
+      tell_detached(e, why);
+    }
     unmap(e);
-    control_say(VMMC_CONTROL_EXPELLED, index, serial, errno);
+    control_say(VMMC_CONTROL_EXPELLED, index, serial, error);
     control_say(VMMC_CONTROL_GONE, index, serial, 0);
     return;
   }
@@ -137,6 +187,9 @@ void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid) {
   header->endpoint = index;
   header->serial = serial;
   atomic_store_explicit(&header->ready, 1, memory_order_release);
+  /* A predecessor died while it told the program. */
+  if (atomic_load_explicit(&header->detached, memory_order_relaxed)) e->wrong = "a predecessor detached it";
+  control_say(VMMC_CONTROL_ATTACHED, index, serial, 0);
 }
 
 void endpoints_recover(void) {
@@ -169,6 +222,8 @@ static void memory_descriptor(struct endpoint *e, int fd) {
 void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd) {
   struct endpoint *e = endpoint_find(index, serial);
   if (!e || number > VMMC_MEMORY || fd < 0) {
+    /* Of one that could not be attached (again), whose sleeper is to see that. */
+    if (!e && number < VMMC_MEMORY && wake_is_harmless(fd)) wake_descriptor(fd);
     if (fd >= 0) close(fd);
     return;
   }
@@ -266,8 +321,8 @@ static void expel(struct endpoint *e) {
     uint32_t end = pass ? e->own->passive_end : e->own->active_end;
     for (uint32_t slot = pass ? VMMC_ACTIVE_SLOTS : 0; slot < end; slot++) connection_abort(e, slot);
   }
-  wake_all(e);
-  control_say(VMMC_CONTROL_EXPELLED, e->index, e->serial, e->pid);
+  tell_detached(e, e->wrong);
+  control_say(VMMC_CONTROL_EXPELLED, e->index, e->serial, ECONNRESET);
   detach(e);
 }
 

@@ -356,6 +356,8 @@ void wake_completion(struct endpoint *e);
 void wake_notification(struct endpoint *e);
 void wake_all(struct endpoint *e);                      /* whoever sleeps in that program, in any call */
 void wake_waker(struct endpoint *e, uint32_t number);   /* an event descriptor */
+bool wake_descriptor(int fd);                           /* one that is nobody's waker here; false: errno says why */
+void wake_words(struct vmmc_nic_slot *slot);            /* whoever sleeps on a slot, asleep or not */
 bool wake_is_harmless(int fd);                          /* is an event descriptor, and no other file */
 bool wake_start(void);                                  /* false: no timer */
 

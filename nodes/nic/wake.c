@@ -78,12 +78,16 @@ bool wake_is_harmless(int fd) {
   return readlink(path, target, sizeof target - 1) > 0 && !strcmp(target, "anon_inode:[eventfd]");
 }
 
+bool wake_descriptor(int fd) {
+  set_guard();
+  return eventfd_write(fd, 1) == 0;
+}
+
 void wake_waker(struct endpoint *e, uint32_t number) {
   int *fd = &e->waker[number];
   if (*fd < 0) return;
-  set_guard();
   /* EAGAIN: its count is at the top, so it is readable already. */
-  if (eventfd_write(*fd, 1) == 0) {
+  if (wake_descriptor(*fd)) {
     COUNT(e, wakes, 1);
   } else if (errno == EINTR) {
     endpoint_nonsense(e, "event descriptor %u is full and was made to block; it is woken no more", number);
@@ -138,6 +142,14 @@ void wake_notification(struct endpoint *e) {
   atomic_thread_fence(memory_order_seq_cst);
   if (atomic_load_explicit(&app_header(e)->asleep_notification, memory_order_relaxed))
     wake_word(e, &nic_header(e)->wake_notification, INT32_MAX);
+}
+
+void wake_words(struct vmmc_nic_slot *slot) {
+  _Atomic uint32_t *word[] = { &slot->wake_rx, &slot->wake_tx };
+  for (int i = 0; i < 2; i++) {
+    atomic_fetch_add(word[i], 1);
+    vmmc_futex_wake_some(word[i], INT32_MAX);
+  }
 }
 
 void wake_all(struct endpoint *e) {

@@ -32,6 +32,7 @@ struct connection_view connection_view(const struct vsocket *s) {
   view.connected = phase == SOCKET_CONNECTED || (view.status & VMMC_CONNECTED);
   view.dead = view.status & VMMC_ERRNO_MASK;
   view.connecting = !view.connected && !view.dead;
+  if (view.dead) endpoint_served(s->endpoint); /* that all of them are, and why, is worth a line */
   return view;
 }
 
@@ -164,15 +165,21 @@ static bool answered(void *context) {
          atomic_load_explicit(&n->reply, memory_order_acquire) == s->request;
 }
 
+static bool answered_or_detached(void *context) {
+  struct vsocket *s = context;
+  return answered(s) || endpoint_detached(s->endpoint);
+}
+
 /* Waits for the answer to the newest request, whatever signals come.  0 or -errno. */
 static int await_answer(struct vsocket *s) {
   struct wait_word words[SOCKET_WORDS];
   int count = socket_wait_words(s, false, true, words), cancel;
   /* bind and listen are no cancellation points, and connect's is the wait for its outcome */
   pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
-  while (wait_until(words, count, answered, s, WAIT_FOREVER, false)) {
+  while (wait_until(words, count, answered_or_detached, s, WAIT_FOREVER, false)) {
   }
   pthread_setcancelstate(cancel, NULL);
+  if (!answered(s)) return endpoint_served(s->endpoint);
   return -nic_slot(s->endpoint, s->slot)->reply_error;
 }
 
@@ -262,7 +269,7 @@ uint64_t connection_accepts_waiting(const struct vsocket *s) {
 
 static bool can_accept(void *context) {
   struct vsocket *s = context;
-  return atomic_load_explicit(&s->phase, memory_order_acquire) != SOCKET_LISTENING ||
+  return atomic_load_explicit(&s->phase, memory_order_acquire) != SOCKET_LISTENING || endpoint_detached(s->endpoint) ||
          connection_accepts_waiting(s) >= sizeof(struct vmmc_accept_entry);
 }
 
@@ -286,6 +293,8 @@ static int accept_one(struct vsocket *s, struct vsocket *accepted) {
   struct vmmc_app_slot *a = app_slot(e, s->slot);
   for (;;) {
     if (atomic_load(&s->phase) != SOCKET_LISTENING) return -EINVAL;
+    int served = endpoint_served(e);
+    if (served) return served;
     if (connection_accepts_waiting(s) < sizeof(struct vmmc_accept_entry)) return -EAGAIN;
     uint64_t consumed = atomic_load_explicit(&a->consumed, memory_order_relaxed);
     struct vmmc_accept_entry entry;

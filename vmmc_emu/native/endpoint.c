@@ -228,7 +228,8 @@ static void introduce(struct endpoint *e) {
 static int ask(const char *socket_path, uint32_t kind, struct vmmc_attach_reply *reply, int descriptor[3]) {
   int fd = talk_to_daemon(socket_path);
   int error = fd < 0 ? fd : say(fd, kind, 0, -1);
-  if (!error) error = hear(fd, reply, descriptor);
+  /* A daemon without descriptors answers and hangs up before it has heard anything. */
+  if (!error || error == -EPIPE) error = hear(fd, reply, descriptor);
   if (!error) return fd;
   if (fd >= 0) sys_close(fd);
   return error;
@@ -371,6 +372,21 @@ static void explain(const char *path, int error) {
                    program_invocation_short_name, node ? node : "its node", path, strerror(error), room, advice);
   if (n > (int)sizeof line - 1) n = sizeof line - 1;
   sys_call(SYS_write, STDERR_FILENO, (long)line, n, 0, 0, 0);
+}
+
+int endpoint_served(const struct endpoint *e) {
+  static _Atomic bool said;
+  if (__builtin_expect(!endpoint_detached(e), 1)) return 0;
+  if (atomic_exchange(&said, true)) return -ENETDOWN;
+  char line[320], why[sizeof nic_header(e)->why];
+  memcpy(why, nic_header(e)->why, sizeof why);
+  int n = snprintf(line, sizeof line,
+                   "vmmc: %s[%d] is detached from node%u and has no network any more: %.*s"
+                   " (the NIC's log: vmmc-emu logs; other programs go on)\n",
+                   program_invocation_short_name, (int)e->pid, e->node, (int)strnlen(why, sizeof why), why);
+  if (n > (int)sizeof line - 1) n = sizeof line - 1;
+  sys_call(SYS_write, STDERR_FILENO, (long)line, n, 0, 0, 0);
+  return -ENETDOWN;
 }
 
 static int attach_default(void) {

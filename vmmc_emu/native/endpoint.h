@@ -61,6 +61,9 @@ int endpoint_give_waker(struct endpoint *endpoint, uint32_t number, int eventfd)
 /* Lets the NIC write this process's memory, from the first call on; false: that cannot be. */
 bool endpoint_give_memory(struct endpoint *endpoint);
 
+/* 0, or -ENETDOWN once the NIC serves this process no more, which is said on stderr once. */
+int endpoint_served(const struct endpoint *endpoint);
+
 /* ---- parts of the segments ---- */
 static inline struct vmmc_app_header *app_header(const struct endpoint *e) { return (void *)e->app; }
 static inline const struct vmmc_nic_header *nic_header(const struct endpoint *e) { return (const void *)e->nic; }
@@ -75,6 +78,11 @@ static inline char *transmit_ring(const struct endpoint *e, uint32_t slot) {
 }
 static inline const char *default_buffer(const struct endpoint *e, uint32_t slot) {
   return e->nic + VMMC_NIC_RINGS + (uint64_t)slot * VMMC_RING;
+}
+
+/* The NIC serves this process no more (looked at again by every sleeper that it wakes). */
+static inline bool endpoint_detached(const struct endpoint *e) {
+  return atomic_load_explicit(&nic_header(e)->detached, memory_order_acquire);
 }
 
 /* Tells the NIC to look at `slot` (dirty bits), or at the command queue; wakes it when it sleeps.

@@ -150,9 +150,11 @@ static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint
 }
 
 int slot_take(struct vsocket *s) {
-  if (s->generation) return 0;
+  if (s->generation) return endpoint_served(s->endpoint);
   struct endpoint *e = endpoint_default();
   if (!e) return -errno;
+  int served = endpoint_served(e);
+  if (served) return served;
   struct slots *slots = slots_make(e);
   if (!slots) return -ENOMEM;
   critical_lock(&slots->lock);

@@ -675,6 +675,7 @@ static bool is_readable(const struct vsocket *s, struct arrival a) {
 uint32_t socket_ready(struct vsocket *s) {
   if (!connection_usable(s)) return EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP;
   uint32_t phase = atomic_load_explicit(&s->phase, memory_order_acquire);
+  if (phase == SOCKET_LISTENING && endpoint_detached(s->endpoint)) return EPOLLIN | EPOLLERR | EPOLLHUP;
   if (phase == SOCKET_LISTENING) return connection_accepts_waiting(s) ? EPOLLIN : 0;
   struct connection_view view = connection_view(s);
   uint32_t ready = connection_pending_error(s) ? EPOLLERR : 0;

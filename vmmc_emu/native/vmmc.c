@@ -47,7 +47,8 @@ static bool attached_pid_set(void) {
 
 /* ---- calls ---- */
 
-bool call_begin(struct vmmc_endpoint *v) {
+/* Is it one of this process's, and not ended?  Else false, with errno. */
+static bool is_usable(const struct vmmc_endpoint *v) {
   int error = 0;
   if (!v)
     error = EINVAL;
@@ -57,6 +58,13 @@ bool call_begin(struct vmmc_endpoint *v) {
     error = ECONNRESET;
   if (error) errno = error;
   return !error;
+}
+
+bool call_begin(struct vmmc_endpoint *v) {
+  if (!is_usable(v)) return false;
+  int served = endpoint_served(v->endpoint);
+  if (served) errno = -served;
+  return !served;
 }
 
 struct call {
@@ -70,20 +78,27 @@ static bool call_is_over(void *context) {
   struct call *call = context;
   /* Once is enough: what is ready may have been taken by the look that found it. */
   if (!call->is_ready) call->is_ready = call->ready(call->context);
-  return call->is_ready || atomic_load_explicit(&call->v->ended, memory_order_acquire);
+  return call->is_ready || endpoint_detached(call->v->endpoint) ||
+         atomic_load_explicit(&call->v->ended, memory_order_acquire);
+}
+
+/* How a call ends that is over. */
+static int call_outcome(const struct call *call) {
+  if (call->is_ready) return 0;
+  int served = endpoint_served(call->v->endpoint);
+  return served ? -served : ECONNRESET;
 }
 
 int call_wait(struct vmmc_endpoint *v, const struct wait_word *words, int count, bool (*ready)(void *context),
               void *context, int timeout_ms) {
   struct call call = {v, ready, context, false};
-  if (call_is_over(&call)) return call.is_ready ? 0 : ECONNRESET;
+  if (call_is_over(&call)) return call_outcome(&call);
   if (timeout_ms == 0) return ETIMEDOUT;
   struct wait_word all[4] = {{&v->ended, &v->asleep}};
   for (int i = 0; i < count && i < 3; i++) all[i + 1] = words[i];
   uint64_t deadline = timeout_ms < 0 ? WAIT_FOREVER : vmmc_now_ns() + (uint64_t)timeout_ms * 1000000u;
   int error = wait_until(all, count + 1, call_is_over, &call, deadline, timeout_ms >= 0);
-  if (error) return -error;
-  return call.is_ready ? 0 : ECONNRESET;
+  return error ? -error : call_outcome(&call);
 }
 
 /* ---- where a node's daemon listens ---- */
@@ -223,13 +238,14 @@ static int end_shared(struct vmmc_endpoint *v) {
   pthread_mutex_lock(&shared_lock);
   bool last = v->references && --v->references == 0;
   pthread_mutex_unlock(&shared_lock);
+  if (endpoint_detached(v->endpoint)) return 0; /* they have ended */
   for (int id = 0; last && id < VMMC_EXPORTS; id++)
     if (vmmc_unexport(v, id) && errno != EINVAL) return -1;
   return 0;
 }
 
 int vmmc_end(struct vmmc_endpoint *v) {
-  if (!call_begin(v)) return -1;
+  if (!is_usable(v)) return -1;
   if (v->shared) return end_shared(v);
   if (v->notifier.started && pthread_equal(pthread_self(), v->notifier.thread)) return fail(EDEADLK);
   /* release: whoever finds it ended need not look at anything else */

@@ -123,7 +123,7 @@ struct vmmc_endpoint {
 /* ---- vmmc.c ---- */
 
 /* Begins a call: false with errno EBADF in a child of fork, ECONNRESET when the endpoint has ended,
- * EINVAL for NULL. */
+ * ENETDOWN when its NIC has detached it, EINVAL for NULL. */
 bool call_begin(struct vmmc_endpoint *v);
 
 /* Sets errno; -1. */

@@ -236,9 +236,20 @@ void readiness_changed(struct file *f) {
 
 /* ---- looking ---- */
 
+/* The endpoint whose end (endpoint_detached) every set has been told of.  Changed with routes held. */
+static _Atomic(struct endpoint *) end_told;
+
+static bool end_is_news(struct endpoint *e) { return endpoint_detached(e) && atomic_load(&end_told) != e; }
+
 static bool ring_has_entries(struct endpoint *e) {
-  return e && atomic_load_explicit(&nic_header(e)->events, memory_order_acquire) !=
-                  atomic_load_explicit(&app_header(e)->events_taken, memory_order_relaxed);
+  return e && (atomic_load_explicit(&nic_header(e)->events, memory_order_acquire) !=
+                   atomic_load_explicit(&app_header(e)->events_taken, memory_order_relaxed) ||
+               end_is_news(e));
+}
+
+static void raise_file(int fd, struct file *f, void *context) {
+  (void)fd, (void)context;
+  for (struct item *i = f->kind == FILE_SOCKET ? f->items : NULL; i; i = i->file_next) set_raise(i, true);
 }
 
 static void take_ring(struct endpoint *e) { /* with routes held */
@@ -259,6 +270,10 @@ static void take_ring(struct endpoint *e) { /* with routes held */
       for (struct item *i = f->items; i; i = i->file_next) set_raise(i, group_users[i->set->group] > 1);
     socket_release(s);
   }
+  /* The NIC enters no more events: all sockets have one now. */
+  if (!end_is_news(e)) return;
+  atomic_store(&end_told, e);
+  descriptor_walk(0, UINT32_MAX, raise_file, NULL);
 }
 
 bool set_stirs(struct instance *set) {

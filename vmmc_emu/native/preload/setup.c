@@ -286,18 +286,12 @@ static int accept_held(struct file *f, struct sockaddr *address, socklen_t *leng
   struct vsocket *s = NULL;
   /* The number first, as in the kernel: without one the connection stays in the queue.  A look at an empty
    * queue needs none. */
-  bool empty = nonblocking && !(socket_ready(f->socket) & EPOLLIN);
-  int number = empty ? -1 : descriptor_placeholder(flags & SOCK_CLOEXEC);
+  if (nonblocking && atomic_load(&f->socket->phase) == SOCKET_LISTENING && !socket_ready(f->socket)) return -EAGAIN;
+  int number = descriptor_placeholder(flags & SOCK_CLOEXEC);
   AT_END(closed, close_number, &number);
-  if (!empty && number < 0) return -errno;
+  if (number < 0) return -errno;
   int result = socket_accept(f->socket, nonblocking, &s);
   if (result < 0) return result;
-  if (number < 0 && (number = descriptor_placeholder(flags & SOCK_CLOEXEC)) < 0) {
-    result = -errno; /* one arrived between the look and the call */
-    socket_close(s);
-    socket_release(s);
-    return result;
-  }
   /* Where that cannot be told the connection is lost, as on Linux; one that has ended by now has no name. */
   result = address ? tell_name(s, true, address, length) : 0;
   if (result < 0 && result != -ENOTCONN) {

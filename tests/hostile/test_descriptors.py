@@ -1,0 +1,116 @@
+"""Limits of descriptors: who is at its own gets EMFILE, loses nothing, and holds up nobody."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from vmmc_emu import Cluster
+
+PORT = 7400
+TIMEOUT_S = 60
+
+# At its limit, with connections queued before and while it is: each is there once there is room for it.
+SERVER = f"""
+import errno, os, resource, select, socket, sys
+listener = socket.create_server(("", {PORT}))
+print("ready", flush=True)
+sys.stdin.readline()
+def code(call):
+    try: call()
+    except OSError as error: return errno.errorcode[error.errno]
+    return "fine"
+poll = select.poll()
+poll.register(listener, select.POLLIN)
+assert poll.poll(30000)
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+filled = []
+try:
+    while True: filled.append(os.dup(0))
+except OSError: pass
+print(code(socket.socket), code(listener.accept), code(select.epoll), flush=True)
+listener.setblocking(False)
+print(code(listener.accept), bool(poll.poll(0)), flush=True)
+for fd in filled: os.close(fd)
+listener.setblocking(True)
+print(sorted(listener.accept()[0].recv(1) for i in range(3)), flush=True)
+"""
+
+CLIENT = f"""
+import socket
+sockets = [socket.create_connection(("node1", {PORT})) for i in range(3)]
+for i, each in enumerate(sockets): each.sendall(str(i).encode())
+print("sent", flush=True)
+for each in sockets: assert each.recv(1) == b""
+"""
+
+
+def test_a_program_at_its_limit_loses_no_connection(two_nodes: Cluster) -> None:
+    """EMFILE for each new descriptor; what waits in the queue stays there."""
+    pipe = subprocess.PIPE
+    server = two_nodes.node(1).popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    client = two_nodes.node(0).popen([sys.executable, "-c", CLIENT], stdout=pipe, text=True)
+    try:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "sent\n"
+        out, _ = server.communicate("go\n", timeout=TIMEOUT_S)
+        assert out.splitlines() == ["EMFILE EMFILE EMFILE", "EMFILE True", "[b'0', b'1', b'2']"]
+        assert client.wait(TIMEOUT_S) == 0
+    finally:
+        for process in (server, client):
+            process.kill()
+            process.communicate()
+
+
+ATTACH = "import socket; socket.create_server(('', 0)); print('attached')"
+TALK = f"""
+import socket, sys
+listener = socket.create_server(("", {PORT + 1}))
+one = socket.create_connection(("node0", {PORT + 1}))
+other = listener.accept()[0]
+for line in sys.stdin:
+    one.sendall(line.encode())
+    print(other.recv(100).decode(), end="", flush=True)
+"""
+
+
+@pytest.mark.parametrize("who", ["daemon_pid", "nic_pid"])
+def test_no_descriptors_for_another_program(two_nodes: Cluster, who: str) -> None:
+    """Whoever attaches is refused with EMFILE at once; who was attached goes on; with room all is well."""
+    pipe = subprocess.PIPE
+    node = two_nodes.node(0)
+    honest = node.popen([sys.executable, "-c", TALK], stdin=pipe, stdout=pipe, text=True)
+    pid = two_nodes.status()["nodes"][0][who]
+    assert pid is not None
+    limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    try:
+        assert honest.stdin is not None
+        assert honest.stdout is not None
+        honest.stdin.write("before\n")
+        honest.stdin.flush()
+        assert honest.stdout.readline() == "before\n"
+        held = sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+        free = next(number for number in range(len(held) + 1) if number not in held)
+        for more in range(4):  # the next descriptor is too many, and so is the one after, …
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (free + more, limit[1]))
+            refused = node.run([sys.executable, "-c", ATTACH], timeout=TIMEOUT_S)
+            assert refused.returncode == 1, (more, refused, two_nodes.logs())
+            assert "Too many open files" in refused.stderr.splitlines()[0], refused.stderr
+            assert "[Errno 24]" in refused.stderr.splitlines()[-1], refused.stderr
+            honest.stdin.write(f"{more}\n")
+            honest.stdin.flush()
+            assert honest.stdout.readline() == f"{more}\n"
+            if who == "nic_pid" and more == 2:
+                break  # it needs three
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+        honest.kill()
+        honest.communicate()
+    assert node.run([sys.executable, "-c", ATTACH], timeout=TIMEOUT_S).stdout == "attached\n"
