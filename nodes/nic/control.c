@@ -1,6 +1,7 @@
 /* control.c: what the daemon says, and what it is told.  See vmmc_attach.h. */
 #include <fcntl.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 
@@ -27,11 +28,42 @@ void control_start(int fd) {
 
 bool control_has_work(void) { return pending; }
 
+/* What found no room, since the daemon does not read: said in this order when there is some (SIGIO tells). */
+static struct {
+  struct vmmc_control *message;
+  uint32_t count, room;
+} outbox;
+
+/* False: there is no room now. */
+static bool say(const struct vmmc_control *m) {
+  if (send(nic.control_fd, m, sizeof *m, MSG_NOSIGNAL) >= 0) return true;
+  if (errno == EAGAIN) return false;
+  log_event("warning", "telling the daemon (kind %u, endpoint %u): %s", m->kind, m->endpoint, strerror(errno));
+  return true;
+}
+
+static void say_rest(void) {
+  uint32_t said = 0;
+  while (said < outbox.count && say(&outbox.message[said])) said++;
+  outbox.count -= said;
+  if (said) memmove(outbox.message, outbox.message + said, outbox.count * sizeof *outbox.message);
+}
+
 void control_say(uint32_t kind, uint32_t endpoint, uint32_t serial, int32_t value) {
   if (nic.control_fd < 0) return;
   struct vmmc_control message = { kind, endpoint, serial, value };
-  if (send(nic.control_fd, &message, sizeof message, MSG_NOSIGNAL) < 0)
-    log_event("warning", "telling the daemon (kind %u, endpoint %u): %s", kind, endpoint, strerror(errno));
+  if (!outbox.count && say(&message)) return;
+  if (outbox.count == outbox.room) {
+    uint32_t room = outbox.room ? 2 * outbox.room : 64;
+    void *larger = realloc(outbox.message, room * sizeof message);
+    if (!larger) {
+      log_event("error", "no memory to tell the daemon (kind %u, endpoint %u)", kind, endpoint);
+      return;
+    }
+    outbox.message = larger;
+    outbox.room = room;
+  }
+  outbox.message[outbox.count++] = message;
 }
 
 union message {
@@ -70,6 +102,7 @@ int control_work(void) {
   union message message;
   if (!pending || nic.control_fd < 0) return 0;
   pending = 0;
+  say_rest();
   /* A program can have its daemon say much: then others have their turn, and it goes on. */
   while (nic.control_fd >= 0 && done < SHARE && control_receive(&message, &fd)) {
     const struct vmmc_control m = message.control;

@@ -541,10 +541,11 @@ def test_a_stopped_supervisor_holds_up_nobody(cluster: Cluster) -> None:
     status = cluster.status()
     os.kill(status["supervisor_pid"], signal.SIGSTOP)
     try:
-        attached = [vmmc_emu.attach(0, cluster=cluster.name) for _ in range(200)]
+        attached = [vmmc_emu.attach(0, cluster=cluster.name) for _ in range(400)]
         cluster.node(1).python(lambda: socket.create_server(("", 9212)).close())
     finally:
         os.kill(status["supervisor_pid"], signal.SIGCONT)
+    # The NIC says of all of them to the next daemon that it serves them, and that they are gone.
     os.kill(status["nodes"][0]["daemon_pid"], signal.SIGKILL)
     until(lambda: "takes over from one that died: NIC" in cluster.node(0).logs(), cluster.logs)
     for each in attached:
