@@ -27,6 +27,13 @@ Another = Callable[..., Cli]
 Segments = Callable[[str], list[str]]
 
 
+def kill_at_once(processes: set[int]) -> None:
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # none may bring another back before its own turn comes
+        for pid in processes:
+            os.kill(pid, number)
+    wait_gone(processes)
+
+
 def pids(cli: Cli) -> set[int]:
     status = json.loads(cli.ok("status", "--json"))
     return {node[key] for node in status["nodes"] for key in ("daemon_pid", "nic_pid")} | {
@@ -223,14 +230,7 @@ def test_down_after_everything_was_killed(cli: Cli, segments: Segments) -> None:
     cli.ok("run", "--node", 0, "--detach", "--", sys.executable, "-m", "http.server", 8000)
     Cluster.running(cli.cluster).node(0).wait_for_port(8000)
     programs = {p["pid"] for p in json.loads(cli.ok("ps", "--json"))["programs"]}
-    supervisor = json.loads(cli.ok("status", "--json"))["supervisor_pid"]
-    found = pids(cli)
-    everything = [supervisor, *(found - {supervisor}), *programs]
-    for pid in everything:
-        os.kill(pid, signal.SIGSTOP)  # none may bring another back before its own turn comes
-    for pid in everything:
-        os.kill(pid, signal.SIGKILL)
-    wait_gone(found | programs)
+    kill_at_once(pids(cli) | programs)
     assert segments(cli.cluster)
     assert json.loads(cli.ok("status", "--json"))["state"] == "down"
     refused = cli("run", "--node", 0, "--", "true")
@@ -255,11 +255,7 @@ def test_down_when_only_the_supervisor_was_killed(cli: Cli, segments: Segments) 
 
 def test_up_on_a_wreck(cli: Cli) -> None:
     cli.ok("up", "--nodes", 3)
-    found = pids(cli)
-    supervisor = json.loads(cli.ok("status", "--json"))["supervisor_pid"]
-    for pid in [supervisor, *(found - {supervisor})]:
-        os.kill(pid, signal.SIGKILL)
-    wait_gone(found)
+    kill_at_once(pids(cli))
     cli.ok("up", "--nodes", 2)
     assert len(pids(cli)) == 5
     assert cli("run", "--node", 2, "--", "true").returncode == 1
