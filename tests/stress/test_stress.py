@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOAK_S = float(os.environ.get("VMMC_SOAK_MINUTES", "0")) * 60
 WAYS = ("block", "poll", "select", "level", "edge")  # of waiting
 PORT = 7000
-TESTS = 12  # that share the time of a soak
+TESTS = 13  # that share the time of a soak
 TIMEOUT_S = 100
 
 Program = Callable[..., str]
@@ -111,10 +111,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @contextlib.contextmanager
-def hogs() -> Iterator[None]:
-    """Two programs that want a core each."""
+def hogs(count: int = 2) -> Iterator[None]:
+    """Programs that want a core each."""
     command = [sys.executable, "-c", "import time\nend = time.time() + 20\nwhile time.time() < end: pass"]
-    running = [subprocess.Popen(command) for _ in range(2)]
+    running = [subprocess.Popen(command) for _ in range(count)]
     try:
         yield
     finally:
@@ -146,6 +146,28 @@ def test_signals_in_the_middle_of_everything(eight_nodes: Cluster, program: Prog
             with server(eight_nodes, 3, program, how, 2, **environment):
                 result = load(eight_nodes, 4, program, how, seed, 40, 6, [3], **environment)
                 assert (result.returncode, result.stderr) == (0, "")
+
+
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """What is started meanwhile runs on one core: whoever is interrupted stays so until others have had it."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.native
+def test_a_slot_has_its_next_holder_before_the_last_one_is_done(program: Program) -> None:
+    """A thread is interrupted in close; another accepts a connection in that slot, and hears of its bytes."""
+    for seed in seeds():
+        with one_core(), Cluster(nodes=2) as cluster, hogs(1):
+            for part in range(8):
+                with server(cluster, 0, program, "level", 4):
+                    result = load(cluster, 1, program, "level", seed + part, 400, 16, [0], STRESS_SCALE="6")
+                    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.native

@@ -371,8 +371,7 @@ static void abandon(struct vsocket *s, uint32_t bits) {
   /* Before the NIC hears of it, which wakes whoever waits for readiness. */
   atomic_store_explicit(&s->phase, s->bound ? SOCKET_BOUND : SOCKET_NEW, memory_order_release);
   if (s->generation) {
-    atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
-    endpoint_ring_slot(s->endpoint, s->slot);
+    slot_leave(s, bits);
     slot_give_back(s);
   }
   s->generation = 0;

@@ -119,16 +119,15 @@ static void reap(struct endpoint *e, struct slots *slots) {
   }
 }
 
-/* Our half of a slot, empty; `generation` last, which makes it count. */
+/* Our half of a slot, empty; `generation` last, which makes it count.  asleep_rx and asleep_tx count threads, not
+ * the holder's: of the last one some may still be about to see that it is over, and take themselves off. */
 static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint32_t generation) {
   struct vmmc_app_slot *a = app_slot(e, slot);
   atomic_store_explicit(&a->written, 0, memory_order_relaxed);
   atomic_store_explicit(&a->shut, 0, memory_order_relaxed);
-  atomic_store_explicit(&a->asleep_tx, 0, memory_order_relaxed);
   atomic_store_explicit(&a->sending, 0, memory_order_relaxed);
   atomic_store_explicit(&a->send_window, s->send_buffer, memory_order_relaxed);
   atomic_store_explicit(&a->consumed, 0, memory_order_relaxed);
-  atomic_store_explicit(&a->asleep_rx, 0, memory_order_relaxed);
   atomic_store_explicit(&a->post, 0, memory_order_relaxed);
   atomic_store_explicit(&a->receive_window, s->receive_buffer, memory_order_relaxed);
   uint64_t keepalive = socket_keepalive(s);
@@ -182,9 +181,17 @@ int slot_take(struct vsocket *s) {
   return error;
 }
 
+void slot_leave(struct vsocket *s, uint32_t bits) {
+  /* First: once the NIC knows, the slot may be accepted into, and what is stored here after that would be in place
+   * of its next holder, who then hears of no event. */
+  atomic_store_explicit(&slot_memory(s->endpoint, s->slot)->socket, NULL, memory_order_relaxed);
+  /* seq_cst: after it, and after the positions, which are final */
+  atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
+  endpoint_ring_slot(s->endpoint, s->slot);
+}
+
 void slot_give_back(struct vsocket *s) {
   struct slots *slots = slots_of(s->endpoint);
-  atomic_store_explicit(&slots->memory[s->slot].socket, NULL, memory_order_release);
   critical_lock(&slots->lock);
   /* A passive slot waits here only for its ring's pages, and may stand here several times: it never takes
    * the room that the active ones need. */
@@ -201,8 +208,11 @@ int slot_adopt(struct vsocket *s, struct endpoint *e, struct vmmc_accept_entry e
   reap(e, slots);
   int error = commit_slot(e, slots, entry.slot);
   if (!error) {
+    struct slot_memory *memory = &slots->memory[entry.slot];
+    /* Its last holder, with whom the NIC is done, may not have given it back yet, or not have been looked at. */
+    if (memory->generation && !memory->spare) keep_or_return_ring(e, slots, entry.slot);
     take_ring(slots, entry.slot);
-    slots->memory[entry.slot].generation = entry.generation;
+    memory->generation = entry.generation;
   }
   critical_unlock(&slots->lock);
   if (!error) fill_slot(s, e, entry.slot, entry.generation);

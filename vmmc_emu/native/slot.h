@@ -24,7 +24,12 @@ int slot_take(struct vsocket *s);
 /* Makes s the holder of a passive slot, which the NIC filled.  0 or -ENOBUFS. */
 int slot_adopt(struct vsocket *s, struct endpoint *e, struct vmmc_accept_entry entry);
 
-/* The slot goes back to the NIC, which was told.  Nobody uses it through s any more. */
+/* Tells the NIC that s is done with its slot (bits of VMMC_SHUT_* and their like, VMMC_CLOSED among them).  From
+ * here on s is not its holder: a passive slot may have another one, in another thread, before this returns. */
+void slot_leave(struct vsocket *s, uint32_t bits);
+
+/* The slot that was left: its ring's pages, and an active one itself, are used again once the NIC is done with it.
+ * Nobody uses it through s any more. */
 void slot_give_back(struct vsocket *s);
 
 /* The socket that holds the slot now, without a reference: only socket_of_slot may take one. */

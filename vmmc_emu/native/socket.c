@@ -129,8 +129,7 @@ static void end(struct vsocket *s) {
   bool connected = connection_view(s).connected;
   uint32_t bits = connection_leave(s, s->linger_s == 0);
   if (s->forks != atomic_load_explicit(&socket_forks, memory_order_relaxed)) bits |= VMMC_FORKED;
-  atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
-  endpoint_ring_slot(s->endpoint, s->slot);
+  slot_leave(s, bits);
   if (s->linger_s > 0 && connected) linger(s);
   slot_give_back(s);
 }
