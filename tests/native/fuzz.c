@@ -14,7 +14,8 @@
  *     fuzz SEED SECONDS CASE   only that one of them
  *     fuzz NAME                what was found before, by name; all: all of it
  *
- * With -DLIBFUZZER it is a libFuzzer target (clang -fsanitize=fuzzer).  With -DFETCHES the firmware is compiled
+ * With -DLIBFUZZER it is a libFuzzer target (clang -fsanitize=fuzzer), to be run with -close_fd_mask=2; an input
+ * that it found is repeated by naming its file.  With -DFETCHES the firmware is compiled
  * with -fsanitize=thread, whose calls before each load change the hostile segment there (fetches.c): what is
  * read twice is read differently.
  */
@@ -218,7 +219,8 @@ static void request(char *base, uint32_t slot, uint32_t op, uint16_t port, uint1
 
 static void take(char *base, uint32_t slot, uint32_t generation) {
   struct vmmc_app_slot *a = app(base, slot);
-  a->written = a->consumed = a->shut = a->post = 0;
+  a->written = a->consumed = a->post = 0;
+  a->shut = 0;
   atomic_store(&a->generation, generation);
   ring(base, slot);
 }
@@ -558,8 +560,12 @@ void before_fetch(void *address, size_t size) {
 static void start(void) {
   signal(SIGALRM, say_where);
   signal(SIGABRT, say_where);
-  said = dup(2);
   int log = memfd_create("log", MFD_CLOEXEC);
+#ifdef LIBFUZZER
+  said = 1; /* -close_fd_mask=2: libFuzzer has a descriptor of its own for what it says */
+#else
+  said = dup(2);
+#endif
   CHECK(said >= 0 && log >= 0 && dup2(log, 2) == 2 && fcntl(2, F_SETFL, O_APPEND) == 0);
   close(log);
   if (__sanitizer_set_report_fd) __sanitizer_set_report_fd((void *)(uintptr_t)said);

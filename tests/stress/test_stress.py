@@ -150,7 +150,7 @@ def test_signals_in_the_middle_of_everything(eight_nodes: Cluster, program: Prog
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """What is started meanwhile runs on one core: whoever is interrupted stays so until others have had it."""
+    """What is started meanwhile runs on one core: who is interrupted waits until others have had it."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
