@@ -109,7 +109,7 @@ def test_libfuzzer(tmp_path: Path) -> None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(problem)
     binary = build(tmp_path, "libfuzzer")
     seed = secrets.randbelow(1 << 30) if MINUTES else 1
-    # Inputs of all lengths from the start; to weigh how rare what they reach is would take a third of the time.
+    # All lengths from the start; weighing how rare what they reach is takes a third of the time.
     flags = ["-max_len=1000", "-len_control=0", "-entropic=0"]
     flags += ["-rss_limit_mb=0", "-detect_leaks=0", "-close_fd_mask=2"]
     choose = random.Random(seed)
