@@ -130,6 +130,8 @@ struct vmmc_app_slot {
   _Atomic uint32_t sending;                     /* 1: a thread stores into the ring, see "Idle rings" */
   _Atomic uint32_t send_window;                 /* SO_SNDBUF in bytes, 0: the default (VMMC_RING) */
   _Atomic uint64_t keepalive;                   /* SO_KEEPALIVE: VMMC_KEEPALIVE(…), 0: off */
+  _Atomic uint64_t wanted;                      /* stream position up to which nic_slot.acknowledged is to be told
+                                                   as soon as the peer has the bytes, not in steps */
 
   /* line 2: receive.  Writer: app. */
   _Alignas(VMMC_LINE) _Atomic uint64_t consumed; /* stream position up to which the app has read */
@@ -177,8 +179,8 @@ struct vmmc_nic_slot {
 
   /* line 1: transmit.  Writer: NIC. */
   _Alignas(VMMC_LINE) _Atomic uint64_t acknowledged; /* stream position up to which the peer's NIC has the bytes:
-                                                 their places in the ring are free.  Told in steps, so that
-                                                 it may lag by a quarter of the send window */
+                                                 their places in the ring are free.  Told in steps, so that it
+                                                 may lag by a quarter of the send window, behind app_slot.wanted */
   _Atomic uint64_t transmitted;               /* handed to the link */
   _Atomic uint32_t wake_tx;                   /* changed when something that a writer, connector or
                                                  requester waits for happened and asleep_tx was set */

@@ -479,6 +479,29 @@ static void answer_connect(struct link *link, const struct packet *p) {
   accept_connect(link, p, e, listener, slot);
 }
 
+/* ---- what the app is told of its peer ---- */
+
+/* Bytes that the program may have in its ring beyond those acknowledged. */
+static uint64_t send_window(struct endpoint *e, uint32_t slot) {
+  uint32_t window = atomic_load_explicit(&app_slot(e, slot)->send_window, memory_order_relaxed);
+  return window && window < VMMC_RING ? window : VMMC_RING;
+}
+
+static uint64_t wanted(struct endpoint *e, uint32_t slot) {
+  return atomic_load_explicit(&app_slot(e, slot)->wanted, memory_order_relaxed);
+}
+
+/* In steps: most answers carry a few bytes' worth, and nobody waits for so little, unless the app says so. */
+static void tell_acknowledged(struct endpoint *e, uint32_t slot) {
+  uint64_t acknowledged = connection_of(e, slot)->acknowledged;
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  uint64_t told = atomic_load_explicit(&n->acknowledged, memory_order_relaxed);
+  if (acknowledged < told + send_window(e, slot) / 4 && (acknowledged == told || wanted(e, slot) <= told)) return;
+  /* release pairs with the writer's acquire: the peer has what will be overwritten */
+  atomic_store_explicit(&n->acknowledged, acknowledged, memory_order_release);
+  wake_slot(e, slot, WAKE_WRITERS);
+}
+
 /* ---- the app rang ---- */
 
 /* True when the half's positions can be: hostile ones end the connection. */
@@ -490,6 +513,12 @@ static bool half_is_sane(struct endpoint *e, uint32_t slot, const struct half *h
   reset_far(e, slot);
   connection_fail(e, slot, EPROTO);
   return false;
+}
+
+/* Whether the peer is to be asked how far it has come, although nothing more is to be sent: the app wants to know. */
+static bool asks_placed(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  return c->transmitted > c->asked_placed && wanted(e, slot) > c->asked_placed;
 }
 
 /* What an established connection's peer is to hear next: a packet's type, or PACKET_NONE. */
@@ -506,7 +535,7 @@ static uint8_t next_to_say(struct endpoint *e, uint32_t slot, const struct half 
   if (sendable) return PACKET_DATA;
   if (!unsent && closed) return PACKET_CLOSE;
   if (!unsent && (h->shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN)) return PACKET_FIN;
-  if ((c->flags & TELL_PLACED) || connection_credit_due(e, slot)) return PACKET_CREDIT;
+  if ((c->flags & TELL_PLACED) || asks_placed(e, slot) || connection_credit_due(e, slot)) return PACKET_CREDIT;
   return c->flags & SAY_IDLE ? PACKET_RECALL : PACKET_NONE;
 }
 
@@ -518,6 +547,7 @@ static void look_established(struct endpoint *e, uint32_t slot, const struct hal
   struct connection *c = connection_of(e, slot);
   if (!half_is_sane(e, slot, h)) return;
   c->consumed = h->consumed;
+  tell_acknowledged(e, slot);
   /* Where the peer has closed a write is an error, and our own close the end. */
   if ((c->flags & HEARD_CLOSE) || next_to_say(e, slot, h)) connection_enqueue(e, slot);
 }
@@ -640,12 +670,15 @@ static bool transmit_established(struct endpoint *e, uint32_t slot, struct link 
       break;
     }
     case PACKET_CREDIT: {
-      if (!raise_limit(e, slot) && !(c->flags & (TELL_AGAIN | TELL_PLACED))) return false;
+      bool asks = asks_placed(e, slot);
+      if (!raise_limit(e, slot) && !(c->flags & (TELL_AGAIN | TELL_PLACED)) && !asks) return false;
       connection_credit(e, slot);
-      say(link, e, slot, PACKET_CREDIT)->flags = c->flags & TELL_AGAIN ? PACKET_AGAIN : 0;
+      say(link, e, slot, PACKET_CREDIT)->flags =
+          (c->flags & TELL_AGAIN ? PACKET_AGAIN : 0) | (asks ? PACKET_WANT_PLACED : 0);
       link_push(link);
       in_order();
       c->flags &= ~(uint32_t)(TELL_AGAIN | TELL_PLACED);
+      if (asks) c->asked_placed = c->transmitted;
       break;
     }
     case PACKET_RECALL: {
@@ -719,28 +752,18 @@ static void unknown(struct link *link, const struct packet *p) {
   }
 }
 
-/* Bytes that the program may have in its ring beyond those acknowledged. */
-static uint64_t send_window(struct endpoint *e, uint32_t slot) {
-  uint32_t window = atomic_load_explicit(&app_slot(e, slot)->send_window, memory_order_relaxed);
-  return window && window < VMMC_RING ? window : VMMC_RING;
-}
-
 /* Whether the peer is to be asked for its position with a packet of bytes up to `end`: once for each quarter of
  * the window, so that a writer who waits for room hears of it. */
 bool connection_wants_placed(struct endpoint *e, uint32_t slot, uint64_t end) {
-  return end - connection_of(e, slot)->asked_placed >= send_window(e, slot) / 4;
+  uint64_t asked = connection_of(e, slot)->asked_placed;
+  return end - asked >= send_window(e, slot) / 4 || wanted(e, slot) > asked;
 }
 
 static void take_placed(struct endpoint *e, uint32_t slot, uint64_t placed) {
   struct connection *c = connection_of(e, slot);
-  struct vmmc_nic_slot *n = nic_slot(e, slot);
   if (placed <= c->acknowledged || placed > c->transmitted) return;
   c->acknowledged = placed;
-  /* Told in steps: most answers carry a few bytes' worth, and nobody waits for so little. */
-  if (placed < atomic_load_explicit(&n->acknowledged, memory_order_relaxed) + send_window(e, slot) / 4) return;
-  /* release pairs with the writer's acquire: the peer has what will be overwritten */
-  atomic_store_explicit(&n->acknowledged, placed, memory_order_release);
-  wake_slot(e, slot, WAKE_WRITERS);
+  tell_acknowledged(e, slot);
 }
 
 static void take_limit(struct endpoint *e, uint32_t slot, uint64_t limit) {
@@ -822,6 +845,10 @@ static void stream_heard(struct link *link, struct endpoint *e, uint32_t slot, c
     return;
   }
   take_placed(e, slot, p->placed);
+  if (p->flags & PACKET_WANT_PLACED) { /* also for bytes that came before: their NIC may have died since */
+    c->flags |= TELL_PLACED;
+    connection_enqueue(e, slot);
+  }
   if (p->type == PACKET_RECALL) {
     answer_recall(link, e, slot, p);
     return;
@@ -847,6 +874,7 @@ static void end_heard(struct link *link, struct endpoint *e, uint32_t slot, cons
     case PACKET_CLOSE:
       closed(link, p);
       if (!live) break;
+      take_placed(e, slot, p->placed);
       c->flags |= HEARD_FIN | HEARD_CLOSE;
       set_status(e, slot, VMMC_END_OF_FILE | VMMC_PEER_CLOSED);
       wake_slot(e, slot, WAKE_BOTH);

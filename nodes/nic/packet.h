@@ -38,7 +38,7 @@ enum { /* packet.flags */
   PACKET_NOTIFY = 2,      /* SEND: notify with the last piece */
   PACKET_WANT_CLOSED = 4, /* RESET: answer with CLOSED */
   PACKET_MORE = 8,        /* SEND: the transfer goes on with another command: not yet an arrival */
-  PACKET_WANT_PLACED = 16, /* DATA: answer with CREDIT once the bytes are there */
+  PACKET_WANT_PLACED = 16, /* DATA, CREDIT: answer with CREDIT: how far the bytes are there */
   PACKET_AGAIN = 32,      /* CONNECT: perhaps handled before, by a NIC that has died since; CREDIT: are you there? */
 };
 

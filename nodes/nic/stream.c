@@ -75,10 +75,6 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   struct connection *c = connection_of(e, slot);
   struct slot_work *work = &e->work[slot];
   uint64_t at = p->position, end = p->position + p->length;
-  if (p->flags & PACKET_WANT_PLACED) { /* also for bytes that came before: their NIC may have died since */
-    c->flags |= TELL_PLACED;
-    connection_enqueue(e, slot);
-  }
   if (at > c->placed || end <= c->placed || end > c->told) { /* a gap, a duplicate, or without credit */
     COUNT_NODE(packets_dropped, 1);
     return;

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import select
 import socket
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
 
 import pytest
 
 from vmmc_emu import Cluster
 
 TIMEOUT_S = 30
+
+EchoServer = Callable[..., int]
 
 
 def told(name: int, values: list[int]) -> list[int]:
@@ -150,3 +155,95 @@ def test_what_was_accepted_arrives_after_death(two_nodes: Cluster) -> None:
             assert int(found) == written
         finally:
             reader.kill()
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """SIOCOUTQ."""
+    answer = fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def until_acknowledged(sock: socket.socket) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while unacknowledged(sock):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def outstanding(sizes: list[int]) -> list[int]:
+    """After each write: what was not acknowledged once it was all read.  No other bytes pass."""
+    listener, client, accepted = pair(1 << 20, 1 << 20)
+    found = []
+    for size in sizes:
+        client.sendall(bytes(size))
+        read(accepted, size)
+        until_acknowledged(client)
+        found.append(unacknowledged(client))
+    for each in (listener, client, accepted):
+        each.close()
+    return found
+
+
+def test_what_was_read_is_acknowledged(two_nodes: Cluster) -> None:
+    """SIOCOUTQ comes to 0, however few bytes there were and although the peer says nothing by itself."""
+    assert two_nodes.node(0).python(outstanding, [1, 100, 10_000, 200_000, 1]) == [0] * 5
+
+
+SENDER = """
+import fcntl, socket, sys, termios, time
+sock = socket.create_connection(("node1", int(sys.argv[1])))
+print("connected", flush=True)
+input()
+sock.sendall(b"x" * 1000)
+def outstanding():
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+print(outstanding(), flush=True)
+input()
+while outstanding():
+    time.sleep(0.001)
+print("acknowledged", flush=True)
+"""
+
+
+def test_what_the_wire_holds_is_not_acknowledged(two_nodes: Cluster, echo_server: EchoServer) -> None:
+    """SIOCOUTQ counts what the NIC has sent, as long as the peer's NIC has not said that it is there."""
+    port = echo_server(two_nodes, 1)
+    with two_nodes.node(0).popen(
+        [sys.executable, "-c", SENDER, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as sender:
+        assert sender.stdin is not None
+        assert sender.stdout is not None
+        try:
+            assert sender.stdout.readline() == "connected\n"
+            two_nodes.link(0, 1).down()
+            print(file=sender.stdin, flush=True)
+            assert sender.stdout.readline() == "1000\n"
+            two_nodes.link(0, 1).up()
+            print(file=sender.stdin, flush=True)
+            assert sender.stdout.readline() == "acknowledged\n"
+        finally:
+            sender.kill()
+            two_nodes.link(0, 1).reset()
+
+
+def lowered(times: int) -> int:
+    """Lowers SO_SNDBUF while much is under way that was read, and goes on writing: bytes that arrived."""
+    listener, client, accepted = pair(1 << 20, 1 << 20)
+    client.settimeout(TIMEOUT_S)
+    count = 0
+    for _ in range(times):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        client.sendall(bytes(200_000))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2304)
+        read(accepted, 200_000)
+        client.sendall(b"x")
+        read(accepted, 1)
+        count += 200_001
+    for each in (listener, client, accepted):
+        each.close()
+    return count
+
+
+def test_a_buffer_made_smaller_while_it_is_full(two_nodes: Cluster) -> None:
+    """The writer has room again as soon as what it wrote before is read."""
+    assert two_nodes.node(0).python(lowered, 20) == 20 * 200_001

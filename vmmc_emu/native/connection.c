@@ -43,6 +43,17 @@ uint64_t connection_unsent(const struct vsocket *s) {
   return written > transmitted ? written - transmitted : 0;
 }
 
+uint64_t connection_unacknowledged(struct vsocket *s) {
+  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+  struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
+  uint64_t acknowledged = atomic_load_explicit(&n->acknowledged, memory_order_acquire);
+  uint64_t written = atomic_load_explicit(&a->written, memory_order_relaxed);
+  if (written <= acknowledged) return 0;
+  atomic_store_explicit(&a->wanted, written, memory_order_relaxed);
+  endpoint_ring_slot(s->endpoint, s->slot);
+  return written - acknowledged;
+}
+
 bool connection_over(const struct vsocket *s) {
   struct connection_view view = connection_view(s);
   if (view.dead) return true;
@@ -382,8 +393,8 @@ static void abandon(struct vsocket *s, uint32_t bits) {
 
 static bool connect_decided(void *context) { return !connection_view(context).connecting; }
 
-/* The first connect: asks the NIC.  0: under way. */
-static int connect_begin(struct vsocket *s, const struct sockaddr *address, socklen_t length) {
+/* The first connect: asks the NIC. */
+static int connect_ask(struct vsocket *s, const struct sockaddr *address, socklen_t length) {
   struct vmmc_address peer;
   uint32_t node = 0;
   int error = address_read(address, length, s->family, &peer);
@@ -399,24 +410,37 @@ static int connect_begin(struct vsocket *s, const struct sockaddr *address, sock
   if (error) return error;
   struct vmmc_address local = source_for(s, &peer, node);
   s->peer = peer;
-  int error_before = atomic_exchange(&s->error, 0); /* of a connection before this one */
+  s->error_before = atomic_exchange(&s->error, 0);
   /* Before the NIC is asked: the peer may have accepted, and this process's other threads know of it, before
    * this one has run again.  To them a socket that is not connecting has hung up. */
   atomic_store_explicit(&s->phase, SOCKET_CONNECTING, memory_order_release);
   post_request(s, VMMC_REQUEST_CONNECT, &local, &peer, node, 0);
-  error = await_answer(s);
-  if (error) {
-    abandon(s, VMMC_CLOSED);
-    atomic_store(&s->error, error_before);
-    return error;
-  }
-  learn_addresses(s);
   return 0;
+}
+
+/* What the NIC says to that, as soon as it has looked: 0: under way. */
+static int connect_answer(struct vsocket *s) {
+  int error = await_answer(s);
+  if (!error) {
+    learn_addresses(s);
+    return 0;
+  }
+  abandon(s, VMMC_CLOSED);
+  atomic_store(&s->error, s->error_before);
+  return error;
+}
+
+/* For who waits for the outcome, and needs no answer of its own before that: unless it is that there will be none. */
+static bool connect_settled(void *context) {
+  struct vsocket *s = context;
+  return connect_decided(s) || endpoint_detached(s->endpoint) ||
+         (answered(s) && nic_slot(s->endpoint, s->slot)->reply_error);
 }
 
 /* There is an outcome: a failed socket is as new afterwards. */
 static int connect_outcome(struct vsocket *s) {
   if (connection_view(s).connected) {
+    learn_addresses(s);
     atomic_store_explicit(&s->phase, SOCKET_CONNECTED, memory_order_release);
     return 0;
   }
@@ -425,7 +449,7 @@ static int connect_outcome(struct vsocket *s) {
   return error ? -error : -ECONNABORTED; /* SO_ERROR had it already */
 }
 
-/* Under control: what the phase says, or a request that is under way afterwards (0, *wait). */
+/* Under control: what the phase says, or a request that was made (0, *pending: what to say without an outcome). */
 static int connect_step(struct vsocket *s, const struct sockaddr *address, socklen_t length, int *pending) {
   *pending = 0;
   switch (atomic_load(&s->phase)) {
@@ -436,7 +460,7 @@ static int connect_step(struct vsocket *s, const struct sockaddr *address, sockl
       *pending = -EALREADY;
       return 0;
     default: {
-      int error = connect_begin(s, address, length);
+      int error = connect_ask(s, address, length);
       if (!error) *pending = -EINPROGRESS;
       return error;
     }
@@ -467,22 +491,22 @@ int socket_connect(struct vsocket *s, const struct sockaddr *address, socklen_t 
   struct wait_undo undo;
   control_begin(s, &undo);
   int error = connect_step(s, address, length, &pending);
+  if (pending == -EINPROGRESS && nonblocking) error = connect_answer(s);
   control_end(s, &undo);
   if (error || !pending) return error;
   if (nonblocking) return pending;
 
   struct wait_word words[SOCKET_WORDS];
   int count = socket_wait_words(s, false, true, words);
-  error = wait_until(words, count, connect_decided, s, connection_deadline(s->send_timeout_ns),
-                     s->send_timeout_ns != 0);
-  if (error == -ETIMEDOUT) return pending;
-  if (error) return error; /* a handler ran: it goes on in the background */
+  int waited = wait_until(words, count, connect_settled, s, connection_deadline(s->send_timeout_ns),
+                          s->send_timeout_ns != 0);
   control_begin(s, &undo);
-  uint32_t phase = atomic_load(&s->phase);
-  if (phase == SOCKET_CONNECTING)
+  if (atomic_load(&s->phase) != SOCKET_CONNECTING) /* another thread that waited for the same was faster */
+    error = atomic_load(&s->phase) == SOCKET_CONNECTED ? 0 : -ECONNABORTED;
+  else if (!waited && connect_decided(s))
     error = connect_outcome(s);
-  else /* another thread that waited for the same was faster */
-    error = phase == SOCKET_CONNECTED ? 0 : -ECONNABORTED;
+  else if (!(error = connect_answer(s))) /* it goes on in the background, where there is still a NIC */
+    error = !waited ? endpoint_served(s->endpoint) : waited == -ETIMEDOUT ? pending : waited;
   control_end(s, &undo);
   return error;
 }

@@ -30,6 +30,9 @@ static inline bool connection_was_dissolved(const struct vsocket *s, uint32_t si
 /* Bytes that were written and that the NIC has yet to send. */
 uint64_t connection_unsent(const struct vsocket *s);
 
+/* Bytes of which it is not known yet that the peer's NIC has them.  Who asks is told soon: ask again. */
+uint64_t connection_unacknowledged(struct vsocket *s);
+
 /* The program leaves the connection: VMMC_CLOSED, and VMMC_ABORT where it is to be reset and is not over. */
 uint32_t connection_leave(struct vsocket *s, bool reset);
 

@@ -173,8 +173,11 @@ static int set_send_buffer(struct vsocket *s, int bytes) {
   int most = buffer_max("/proc/sys/net/core/wmem_max");
   if (bytes < 0 || bytes > most) bytes = most;
   s->send_buffer = bytes < SEND_BUFFER_MIN / 2 ? SEND_BUFFER_MIN / 2 : (uint32_t)bytes;
-  if (s->generation)
+  if (s->generation) {
     atomic_store_explicit(&app_slot(s->endpoint, s->slot)->send_window, s->send_buffer, memory_order_relaxed);
+    /* What is on its way was to be acknowledged in steps of the window that was. */
+    connection_unacknowledged(s);
+  }
   connection_wake_local(s); /* writers, who may have room now */
   return 0;
 }
@@ -383,7 +386,7 @@ int socket_ioctl(struct vsocket *s, unsigned long request, int *number) {
     case TIOCOUTQ: /* SIOCOUTQ */
     case SIOCOUTQNSD:
       if (s->phase == SOCKET_LISTENING) return -EINVAL;
-      *number = connected ? (int)connection_unsent(s) : 0;
+      *number = !connected ? 0 : (int)(request == TIOCOUTQ ? connection_unacknowledged(s) : connection_unsent(s));
       return 0;
     case SIOCATMARK: *number = 0; return 0;
     default: return -ENOTTY;

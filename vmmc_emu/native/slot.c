@@ -126,6 +126,7 @@ static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint
   atomic_store_explicit(&a->written, 0, memory_order_relaxed);
   atomic_store_explicit(&a->shut, 0, memory_order_relaxed);
   atomic_store_explicit(&a->sending, 0, memory_order_relaxed);
+  atomic_store_explicit(&a->wanted, 0, memory_order_relaxed);
   atomic_store_explicit(&a->send_window, s->send_buffer, memory_order_relaxed);
   atomic_store_explicit(&a->consumed, 0, memory_order_relaxed);
   atomic_store_explicit(&a->post, 0, memory_order_relaxed);

@@ -44,6 +44,7 @@ struct vsocket {
   uint32_t flags;                               /* nodelay, keepalive … kept and given back */
   _Atomic int32_t error;                        /* SO_ERROR not yet taken, as errno */
   _Atomic uint32_t error_taken;                 /* the NIC's error was given out once */
+  int32_t error_before;                         /* `error` before connect asked the NIC (control) */
   _Atomic uint64_t watch, exclusive;            /* wake groups, as stored in the slot */
   void *readiness;                              /* private to the readiness layer (epoll items) */
 
