@@ -127,6 +127,7 @@ static void publish(struct endpoint *e, uint32_t slot, uint32_t state) {
 static void finish(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
   port_release(c);
+  if (is_passive(slot)) port_left(c);
   if (e->work[slot].remote) remote_release(e->work[slot].remote);
   e->work[slot].remote = NULL;
   in_order();
@@ -417,6 +418,7 @@ static void accept_connect(struct link *link, const struct packet *p, struct end
   prepare(e, slot);
   c->flags = PASSIVE | UNQUEUED; /* until the listener's position says otherwise, it is not there */
   c->listener = listener;
+  c->bind_flags = nic.state->binding[l->binding - 1].flags;
   c->entry = l->placed;
   c->far = p->from;
   c->far_node = link_node(link);
@@ -430,6 +432,7 @@ static void accept_connect(struct link *link, const struct packet *p, struct end
   n->peer_node = c->far_node;
   atomic_store_explicit(&n->status, VMMC_CONNECTED, memory_order_relaxed);
   enter(e, slot, generation, CONNECTION_ESTABLISHED);
+  port_accepted(c);
   publish(e, slot, VMMC_ESTABLISHED);
   COUNT(e, connections_opened, 1);
 
@@ -521,16 +524,29 @@ static bool asks_placed(struct endpoint *e, uint32_t slot) {
   return c->transmitted > c->asked_placed && wanted(e, slot) > c->asked_placed;
 }
 
+/* The app has closed it, and not to have it end in peace. */
+static bool is_reset_by_app(struct endpoint *e, uint32_t slot, const struct half *h) {
+  uint64_t placed = connection_of(e, slot)->placed;
+  bool unread = placed > connection_read(e, slot) && placed != h->consumed && !(h->shut & VMMC_FORKED);
+  return (h->shut & VMMC_CLOSED) && ((h->shut & VMMC_ABORT) || unread);
+}
+
+bool connection_holds_port(struct endpoint *e, uint32_t slot) {
+  const struct connection *c = connection_of(e, slot);
+  struct half h = connection_half(e, slot); /* the doorbell may not have been looked at yet */
+  if (c->state == CONNECTION_CLOSING) return !(c->flags & SAID_RESET);
+  return c->state == CONNECTION_ESTABLISHED && !is_reset_by_app(e, slot, &h);
+}
+
 /* What an established connection's peer is to hear next: a packet's type, or PACKET_NONE. */
 static uint8_t next_to_say(struct endpoint *e, uint32_t slot, const struct half *h) {
   struct connection *c = connection_of(e, slot);
   bool closed = h->shut & VMMC_CLOSED;
   if (c->flags & HEARD_CLOSE) return PACKET_NONE;
   bool unsent = h->written > c->transmitted, sendable = unsent && c->transmitted < c->far_limit;
-  bool unread = c->placed > connection_read(e, slot) && !(h->shut & VMMC_FORKED);
   /* What was written before goes first, as far as the peer takes it and as it does over a loopback: an answer
    * to a request that was refused unread, say. */
-  if (closed && ((h->shut & VMMC_ABORT) || unread) && !sendable) return PACKET_RESET;
+  if (is_reset_by_app(e, slot, h) && !sendable) return PACKET_RESET;
   if (c->flags & TELL_AGAIN) return PACKET_CREDIT;
   if (sendable) return PACKET_DATA;
   if (!unsent && closed) return PACKET_CLOSE;

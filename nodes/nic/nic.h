@@ -205,12 +205,16 @@ int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, u
 int port_ephemeral(struct endpoint *e, uint32_t slot, struct vmmc_address *address);
 int port_listen(struct endpoint *e, uint32_t slot);
 void port_release(struct connection *c);
+void port_accepted(const struct connection *c); /* a passive connection begins at its local port, */
+void port_left(const struct connection *c);     /* and ends */
 void ports_recover(void); /* once all endpoints are known */
 struct binding *port_listener(const struct vmmc_address *to);
 
 /* ---- connection.c ---- */
 /* The app rang for this slot.  Returns how much work that was: a look, or as much as many. */
 int connection_look(struct endpoint *e, uint32_t slot);
+/* A passive one keeps others from its port, unless it is reset. */
+bool connection_holds_port(struct endpoint *e, uint32_t slot);
 void connection_end(struct endpoint *e, uint32_t slot); /* when the app has closed it, and nobody need hear of it */
 void connection_abort(struct endpoint *e, uint32_t slot); /* resets it, both sides */
 void connection_recover(struct endpoint *e, uint32_t slot); /* a successor takes it over */

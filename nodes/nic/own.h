@@ -66,6 +66,7 @@ struct connection {
   uint64_t grown;               /* what was read when the window last grew */
   uint64_t entry;               /* passive: where it stands in its listener's queue */
   uint32_t listener;            /* passive: the slot that it was accepted for */
+  uint32_t bind_flags;          /* passive: VMMC_BIND_* of that one, for others that want its port */
   uint32_t window;
   uint32_t backlog;             /* listening */
   /* The default buffer's places of [committed_from, committed_to) are allocated; kept across uses. */

@@ -30,11 +30,11 @@ static bool overlap(const struct binding *a, const struct binding *b) {
   return covers(a, &b->address) || covers(b, &a->address);
 }
 
-static bool conflict(const struct binding *a, const struct binding *b) {
-  if (a->address.port != b->address.port || !overlap(a, b)) return false;
-  if (a->flags & b->flags & VMMC_BIND_REUSEPORT) return false;
-  if ((a->flags & b->flags & VMMC_BIND_REUSEADDR) && !a->listening && !b->listening) return false;
-  return true;
+/* Is `taken` in the way of a socket that wants to bind, or to listen? */
+static bool conflict(const struct binding *wanted, const struct binding *taken) {
+  if (wanted->address.port != taken->address.port || !overlap(wanted, taken)) return false;
+  if (wanted->flags & taken->flags & VMMC_BIND_REUSEPORT) return false;
+  return !(wanted->flags & taken->flags & VMMC_BIND_REUSEADDR) || taken->listening;
 }
 
 static uint32_t *bucket_of(uint16_t port) { return &nic.state->bucket[port % PORT_BUCKETS]; }
@@ -51,6 +51,26 @@ static bool was_closed(const struct binding *b) {
   return !c->binding;
 }
 
+/* Connections that were accepted at a port have a claim to it too, when their listener is gone.  That is counted,
+ * and looked up when somebody wants such a port: which is seldom. */
+static uint32_t accepted[UINT16_MAX + 1];
+
+void port_accepted(const struct connection *c) { accepted[c->local.port]++; }
+void port_left(const struct connection *c) { accepted[c->local.port]--; }
+
+static bool conflicts_with_accepted(const struct binding *candidate) {
+  if (!accepted[candidate->address.port]) return false;
+  for (uint32_t i = 0; i < nic.live_count; i++) {
+    struct endpoint *e = nic.endpoint[nic.live[i]];
+    for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++) {
+      const struct connection *c = connection_of(e, slot);
+      struct binding taken = { .flags = c->bind_flags, .address = c->local };
+      if (conflict(candidate, &taken) && connection_holds_port(e, slot)) return true;
+    }
+  }
+  return false;
+}
+
 static bool conflicts(const struct binding *candidate, uint32_t except) {
   uint32_t *at = bucket_of(candidate->address.port);
   while (*at) {
@@ -59,7 +79,7 @@ static bool conflicts(const struct binding *candidate, uint32_t except) {
     else if (was_closed(b)) at = bucket_of(candidate->address.port); /* the list has changed */
     else return true;
   }
-  return false;
+  return conflicts_with_accepted(candidate);
 }
 
 /* How many bindings a port has, so that looking for a free one costs the same however many are taken. */
@@ -97,7 +117,7 @@ static uint16_t choose_port(void) {
   uint32_t range = EPHEMERAL_LAST - EPHEMERAL_FIRST + 1;
   for (uint32_t tries = 0; tries < range; tries++) {
     uint16_t port = (uint16_t)(EPHEMERAL_FIRST + nic.state->next_ephemeral++ % range);
-    if (!claims[port]) return port;
+    if (!claims[port] && !accepted[port]) return port;
   }
   return 0;
 }
@@ -187,6 +207,12 @@ void ports_recover(void) {
   struct node_state *s = nic.state;
   memset(s->bucket, 0, sizeof s->bucket);
   memset(claims, 0, sizeof claims);
+  memset(accepted, 0, sizeof accepted);
+  for (uint32_t i = 0; i < nic.live_count; i++) {
+    struct endpoint *e = nic.endpoint[nic.live[i]];
+    for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++)
+      if (connection_of(e, slot)->state != CONNECTION_NONE) port_accepted(connection_of(e, slot));
+  }
   s->free_binding = 0;
   for (uint32_t i = s->bindings_end; i; i--) {
     struct binding *b = &s->binding[i - 1];

@@ -3,6 +3,7 @@
  * the program's own still reach its own handlers. */
 #include <netinet/in.h>
 #include <poll.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/epoll.h>
@@ -312,11 +313,15 @@ static void own_faults(void) {
 
 static void deaths(void) {
   name = "death";
-  for (int how = 0; how < 3; how++) {
+  for (int how = 0; how < 5; how++) {
     fflush(stdout);
     pid_t child = fork();
     if (!child) {
-      signal(SIGSEGV, SIG_DFL);
+      sigset_t all;
+      sigfillset(&all);
+      signal(SIGSEGV, how == 3 ? SIG_IGN : SIG_DFL);
+      if (how == 4) sigprocmask(SIG_SETMASK, &all, NULL);
+      if (how >= 3) *(volatile char *)hole = 1;
       if (how == 0) *(volatile char *)hole = 1;
       if (how == 1) raise(SIGSEGV);
       struct sigaction once = {.sa_handler = plain_jump_back, .sa_flags = (int)SA_RESETHAND};
@@ -329,6 +334,50 @@ static void deaths(void) {
     CHECK(waitpid(child, &status, 0) == child);
     printf("death %d: signal %d\n", how, WIFSIGNALED(status) ? WTERMSIG(status) : 0);
   }
+}
+
+/* Threads that block or ignore what a fault raises. */
+static void *blocking(void *how) {
+  name = how;
+  sigset_t all, before, now;
+  sigfillset(&all);
+  CHECK(pthread_sigmask(SIG_SETMASK, &all, &before) == 0);
+  for (int i = 0; i < 2; i++) {
+    TELL(send(a, hole, 5, 0));
+    TELL(connect(a, (struct sockaddr *)hole, 16));
+    TELL(poll((struct pollfd *)hole, 1, 0));
+    CHECK(pthread_sigmask(SIG_BLOCK, NULL, &now) == 0 && sigismember(&now, SIGSEGV) && sigismember(&now, SIGBUS));
+  }
+  send_good(100);
+  CHECK(pthread_sigmask(SIG_SETMASK, &before, NULL) == 0);
+  return NULL;
+}
+
+static void in_handler(int number) {
+  (void)number;
+  TELL(send(a, hole, 5, 0));
+}
+
+static void blocked_faults(void) {
+  pthread_t thread;
+  blocking("blocked");
+  CHECK(pthread_create(&thread, NULL, blocking, "thread") == 0 && pthread_join(thread, NULL) == 0);
+  sigset_t all, before;
+  sigfillset(&all);
+  CHECK(sigprocmask(SIG_SETMASK, &all, &before) == 0); /* inherited by the next one */
+  CHECK(pthread_create(&thread, NULL, blocking, "inherited") == 0 && pthread_join(thread, NULL) == 0);
+  CHECK(sigprocmask(SIG_SETMASK, &before, NULL) == 0);
+  name = "handler";
+  struct sigaction action = {.sa_handler = in_handler}, old;
+  sigfillset(&action.sa_mask);
+  CHECK(sigaction(SIGUSR1, &action, NULL) == 0 && raise(SIGUSR1) == 0);
+  TELL(send(a, hole, 5, 0));
+  name = "ignored";
+  CHECK(signal(SIGSEGV, SIG_IGN) == SIG_DFL && raise(SIGSEGV) == 0);
+  TELL(send(a, hole, 5, 0));
+  CHECK(sigaction(SIGSEGV, NULL, &old) == 0 && old.sa_handler == SIG_IGN && !(old.sa_flags & SA_SIGINFO));
+  CHECK(signal(SIGSEGV, SIG_DFL) == SIG_IGN);
+  receive_rest();
 }
 
 int main(void) {
@@ -349,6 +398,7 @@ int main(void) {
     receive_rest();
   }
   long_buffers();
+  blocked_faults();
   deaths();
   own_faults();
   puts("ok");

@@ -15,7 +15,13 @@ from vmmc_emu import Cluster
 PROGRAMS = Path(__file__).parent.parent / "programs"
 
 
-TRANSCRIPTS = [["ends.py", "3"], ["ends.py", "2", "edges"], ["used_after_fork.py"], ["nonsense.py"]]
+TRANSCRIPTS = [
+    ["ends.py", "3"],
+    ["ends.py", "2", "edges"],
+    ["used_after_fork.py"],
+    ["nonsense.py"],
+    ["ports.py"],
+]
 
 
 @pytest.mark.parametrize("program", TRANSCRIPTS, ids=" ".join)

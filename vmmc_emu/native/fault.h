@@ -5,6 +5,9 @@
  * is therefore touched in a guarded access: a fault in it ends the access, and the call says EFAULT.  That
  * costs a few stores where nothing is wrong, and needs the handler of SIGSEGV and SIGBUS that the preload
  * library keeps (preload/signals.c): without it a fault is a fault.
+ *
+ * The kernel kills a thread that faults while it blocks the signal.  So one that does unblocks it for the time of
+ * the access.  Whether it does is looked up when it may have changed: preload/signals.c sees that, and says 0.
  */
 #ifndef VMMC_FAULT_H
 #define VMMC_FAULT_H
@@ -15,6 +18,12 @@
 #include "internal.h"
 
 VMMC_INTERNAL_BEGIN
+
+enum { /* wait_thread.faults */
+  FAULTS_SEGV = 1,  /* SIGSEGV is blocked */
+  FAULTS_BUS = 2,   /* SIGBUS is */
+  FAULTS_KNOWN = 4, /* the other two say how it is */
+};
 
 /* Runs access(context).  False: it met an address that is bad, and ended there.  The access itself must have
  * nothing to give back. */

@@ -27,6 +27,7 @@ struct wait_thread {
   _Atomic bool put_off;                /* a handler waits for the end of the critical section */
   struct wait_undo *undo;              /* what the calls under way give back, innermost first: see below */
   void **recovery;                     /* where a fault goes on while the program's memory is touched: fault.h */
+  uint8_t faults;                      /* FAULTS_*: which of their signals the thread blocks; 0: to be looked up */
   struct vmmc_idle idle;
 };
 /* This thread's.  Initial-exec, so that it may be used in a signal handler and costs no call. */

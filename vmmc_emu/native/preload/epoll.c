@@ -165,7 +165,7 @@ static int collect(struct instance *set, int epoll_fd, struct epoll_event *event
   for (int side = 0; side < 2 && count < room; side++) {
     if ((side == 0) == kernel_first) {
       int n = kernel ? REAL(epoll_wait)(epoll_fd, events + count, room - count, 0) : 0;
-      if (n < 0 && has_kernel_part(set, epoll_fd)) return -1;
+      if (n < 0 && !count && has_kernel_part(set, epoll_fd)) return -1;
       if (n > 0) count += without_call_back(set, events + count, n);
     } else {
       int n = set_harvest(set, events + count, room - count);

@@ -68,6 +68,7 @@ void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noret
   X(if_nametoindex) X(if_indextoname) X(if_nameindex)                                                        \
   /* processes and signals */                                                                                \
   X(syscall) X(execve) X(execvpe) X(fexecve) X(execveat) X(posix_spawn) X(posix_spawnp) X(sigaction)       \
+  X(sigprocmask) X(pthread_sigmask)                                                                          \
   X(longjmp) X(_longjmp) X(siglongjmp) X(__longjmp_chk)
 
 #define REAL_FIELD(name) __typeof__(&name) name;

@@ -93,10 +93,13 @@ static void ran(int signal, siginfo_t *info, void *context, bool restarts) {
     readiness_signal();
   }
   void **recovery = self->recovery; /* the interrupted code's, not the handler's; one that never returns ends it */
+  uint8_t faults = self->faults;    /* of its mask; the handler has another one */
   self->recovery = NULL;
+  self->faults = 0;
   /* A handler of one argument does not mind the others. */
   ((signal_action *)atomic_load_explicit(&handlers[signal], memory_order_acquire))(signal, info, context);
   self->recovery = recovery;
+  self->faults = faults;
 }
 
 /* no_icf: told apart by their addresses, though their code is the same in pairs. */
@@ -117,6 +120,11 @@ static void ran_default(int signal, siginfo_t *info, void *context) {
   if (!is_raised(info)) REAL(syscall)(SYS_rt_tgsigqueueinfo, getpid(), REAL(syscall)(SYS_gettid), signal, info);
 }
 
+/* In place of SIG_IGN: the kernel ignores no fault, which raises it again with the default action. */
+static void ran_ignored(int signal, siginfo_t *info, void *context) {
+  if (is_raised(info)) ran_default(signal, info, context);
+}
+
 INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, struct sigaction *restrict old) {
   if (!process_on_node || signal < 1 || signal >= _NSIG || (is_fault(signal) && !is_bad_address(signal)))
     return REAL(sigaction)(signal, action, old);
@@ -133,8 +141,8 @@ INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, str
           wrappers[(action->sa_flags & SA_SIGINFO) != 0][(action->sa_flags & SA_RESTART) != 0];
       wrapped.sa_flags |= SA_SIGINFO;
       wrapped.sa_flags &= ~(int)SA_RESETHAND;
-    } else if (action->sa_handler == SIG_DFL && is_bad_address(signal)) {
-      wrapped.sa_sigaction = ran_default;
+    } else if (is_bad_address(signal)) {
+      wrapped.sa_sigaction = action->sa_handler == SIG_DFL ? ran_default : ran_ignored;
       wrapped.sa_flags |= SA_SIGINFO;
     }
   }
@@ -148,8 +156,8 @@ INTERPOSE int sigaction(int signal, const struct sigaction *restrict action, str
   if (action && !(action->sa_flags & (int)SA_RESETHAND)) atomic_fetch_and(&once, ~bit);
   if (!old) return 0;
   *old = kernels;
-  if (kernels.sa_sigaction == ran_default) {
-    old->sa_handler = SIG_DFL;
+  if (kernels.sa_sigaction == ran_default || kernels.sa_sigaction == ran_ignored) {
+    old->sa_handler = kernels.sa_sigaction == ran_default ? SIG_DFL : SIG_IGN;
     old->sa_flags &= ~SA_SIGINFO;
   }
   for (int info = 0; info < 2; info++) {
@@ -172,6 +180,19 @@ void signals_begin(void) {
     struct sigaction now;
     if (REAL(sigaction)(bad_address[i], NULL, &now) == 0) sigaction(bad_address[i], &now, NULL);
   }
+}
+
+/* Who blocks the signals of faults has calls of ours unblock them (fault.h).  Also in a vfork child, whose mask is
+ * its own and whose variables are its parent's: so it is not noted here what the mask is, but that it is not known. */
+INTERPOSE int pthread_sigmask(int how, const sigset_t *set, sigset_t *old) {
+  int error = REAL(pthread_sigmask)(how, set, old);
+  wait_self()->faults = 0;
+  return error;
+}
+INTERPOSE int sigprocmask(int how, const sigset_t *restrict set, sigset_t *restrict old) {
+  int result = REAL(sigprocmask)(how, set, old);
+  wait_self()->faults = 0;
+  return result;
 }
 
 static sighandler_t install(int number, sighandler_t handler, int flags) {
