@@ -145,6 +145,14 @@ def _all_cores_held() -> Iterator[None]:
         yield
 
 
+REDIS_ROWS = {"redis-50", "redis-1"}
+ROWS = [
+    "latency-1", "latency-4k", "bandwidth-64k", "bandwidth-1m", "bandwidth-1460", "writes-64", "connect",
+    "loaded-latency-1", "loaded-bandwidth-64k", *sorted(REDIS_ROWS),
+]  # fmt: skip
+"""Names of the rows of socket_rows and redis_rows."""
+
+
 # ---- rows between two nodes ----
 
 

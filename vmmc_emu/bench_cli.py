@@ -118,6 +118,11 @@ def _paths(context: click.Context, parameter: click.Parameter, value: str | None
     return names
 
 
+def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    """`connect,redis-1` as a list."""
+    return [name for name in (value or "").split(",") if name]
+
+
 @bench.command("all")
 @click.option(
     "--vs", callback=_paths, metavar="tcp,unix", help="Measure these paths too, and show the ratios."
@@ -135,6 +140,9 @@ def _paths(context: click.Context, parameter: click.Parameter, value: str | None
     "--idle-seconds", default=10.0, show_default=True, type=click.FloatRange(0.01, 600),
     help="How long the CPU time of an idle cluster of 8 is counted.",
 )  # fmt: skip
+@click.option(
+    "--only", callback=_names, metavar="ROW,...", help="These rows, by the names that --json has for them."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def everything(
@@ -144,6 +152,7 @@ def everything(
     seconds: float,
     rings: tuple[int, ...],
     idle_seconds: float,
+    only: list[str],
     as_json: bool,
 ) -> None:
     """Everything: latency, bandwidth, connections, redis, loaded and idle machines, a token's hops.
@@ -155,27 +164,37 @@ def everything(
     rows: list[everything_of.Row] = []
     skipped: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
+        known = [*everything_of.ROWS, *(f"ring-{nodes}" for nodes in rings), "idle"]
+        for name in only:
+            if name not in known:
+                raise click.UsageError(f"--only {name}: no such row; there are {', '.join(known)}.")
+        wanted = set(only or known)
         cluster = _cluster(context, stack)
         rows += everything_of.socket_rows(cluster, vs, stack)
-        redis = everything_of.redis_rows(cluster, vs, stack)
-        rows += redis
-        if not redis:
-            skipped["redis"] = "redis-server and redis-benchmark are not installed"
-        for nodes in rings:
+        if wanted & everything_of.REDIS_ROWS:
+            redis = everything_of.redis_rows(cluster, vs, stack)
+            rows += redis
+            if not redis:
+                skipped["redis"] = "redis-server and redis-benchmark are not installed"
+        rows = [row for row in rows if row.name in wanted]
+        for nodes in (nodes for nodes in rings if f"ring-{nodes}" in wanted):
             click.echo(f"starting a cluster of {nodes} nodes for the token", err=True)
             ring = stack.enter_context(Cluster(nodes=nodes, name=f"bench-{secrets.token_hex(4)}"))
             rows.append(everything_of.ring_row(ring, vs, stack))
         machine = everything_of.measure_rows(rows, rounds=rounds, seconds=seconds, progress=_progress())
-    click.echo(f"counting the CPU time of an idle cluster for {idle_seconds:g} s", err=True)
-    with Cluster(nodes=8, name=f"bench-{secrets.token_hex(4)}") as idle, contextlib.ExitStack() as stack:
-        row = everything_of.idle_row(idle, 100, idle_seconds, stack)
-        everything_of.measure_rows([row], rounds=1, seconds=0.01)
-    rows.append(row)
+    if "idle" in wanted:
+        click.echo(f"counting the CPU time of an idle cluster for {idle_seconds:g} s", err=True)
+        with Cluster(nodes=8, name=f"bench-{secrets.token_hex(4)}") as idle, contextlib.ExitStack() as stack:
+            row = everything_of.idle_row(idle, 100, idle_seconds, stack)
+            everything_of.measure_rows([row], rounds=1, seconds=0.01)
+        rows.append(row)
     for name, why in skipped.items():
         click.echo(f"{name} is not measured: {why}", err=True)
     if as_json:
         report = everything_of.as_dict(rows, machine, skipped, rounds=rounds, seconds=seconds)
         click.echo(json.dumps(report, indent=2))
+        return
+    if not rows:
         return
     for line in everything_of.as_table(rows):
         click.echo(line)

@@ -46,6 +46,16 @@ def test_all(up: Cli) -> None:
     assert "measured " in done.stderr  # progress, where it is in nobody's way
 
 
+def test_some_rows(up: Cli) -> None:
+    arguments = ("--rounds", 1, "--seconds", 0.01, "--only", "connect,latency-4k", "--json")
+    report = json.loads(up.ok("bench", "all", *arguments))
+    assert [row["name"] for row in report["rows"]] == ["latency-4k", "connect"]
+    done = up("bench", "all", "--only", "smoke", "--ring", 2)
+    assert done.returncode == 2
+    assert "--only smoke: no such row" in done.stderr
+    assert all(name in done.stderr for name in PATHS)
+
+
 def test_table_bars_and_noise() -> None:
     from vmmc_emu import bench_all
 
