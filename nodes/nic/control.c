@@ -56,10 +56,7 @@ void control_say(uint32_t kind, uint32_t endpoint, uint32_t serial, int32_t valu
   if (outbox.count == outbox.room) {
     uint32_t room = outbox.room ? 2 * outbox.room : 64;
     void *larger = realloc(outbox.message, room * sizeof message);
-    if (!larger) {
-      log_event("error", "no memory to tell the daemon (kind %u, endpoint %u)", kind, endpoint);
-      return;
-    }
+    if (!larger) nic_end_for_memory("what the daemon is to hear");
     outbox.message = larger;
     outbox.room = room;
   }

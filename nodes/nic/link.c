@@ -215,10 +215,7 @@ void link_reply(struct link *link, const struct packet *p) {
     return;
   }
   struct outbox *entry = aligned_alloc(_Alignof(struct outbox), sizeof *entry); /* packets are: malloc aligns less */
-  if (!entry) {
-    log_event("error", "out of memory: an answer to node%u is lost", link->node);
-    return;
-  }
+  if (!entry) nic_end_for_memory("an answer to a peer");
   *entry = (struct outbox){ NULL, *p };
   *link->outbox_end = entry;
   link->outbox_end = &entry->next;

@@ -109,6 +109,11 @@ static void take_over(void) {
   links_recover();
 }
 
+void nic_end_for_memory(const char *what) {
+  log_event("error", "out of memory for %s: ending, for a successor to go on", what);
+  exit(1);
+}
+
 static bool have_work(void) {
   return stop || control_has_work() || log_has_work() || endpoints_have_work() || links_have_work();
 }

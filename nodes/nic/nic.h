@@ -147,6 +147,9 @@ static inline void in_order(void) { atomic_signal_fence(memory_order_seq_cst); }
 /* ---- main.c ---- */
 void nic_start(int count, char **argument); /* ends the process when it cannot */
 int nic_turn(void);                         /* each duty once; returns how much was done */
+/* There is no memory for what must not be forgotten.  Its successor asks for it again: what a NIC has in memory of
+ * its own may be lost with it, and only with it. */
+__attribute__((noreturn)) void nic_end_for_memory(const char *what);
 
 /* ---- log.c ---- */
 __attribute__((format(printf, 2, 3))) void log_event(const char *level, const char *format, ...);
