@@ -265,12 +265,12 @@ bool connection_credit_due(struct endpoint *e, uint32_t slot) {
 /* ---- requests ---- */
 
 static int request_connect(struct endpoint *e, uint32_t slot, struct vmmc_address local, struct vmmc_address peer,
-                           uint32_t node, uint32_t request) {
+                           uint32_t node, uint32_t flags, uint32_t request) {
   struct connection *c = connection_of(e, slot);
   if (c->state != CONNECTION_IDLE) return c->asked == request ? 0 : EISCONN; /* 0: a predecessor began it */
   if (node >= nic.nodes) return EHOSTUNREACH;
   if (!connection_commit(e, slot, VMMC_FIRST_WINDOW)) return ENOBUFS;
-  int error = port_ephemeral(e, slot, &local);
+  int error = port_ephemeral(e, slot, &local, flags);
   if (error) return error;
   c->local = local;
   c->peer = peer;
@@ -320,7 +320,7 @@ static void serve_request(struct endpoint *e, uint32_t slot, uint32_t request) {
       if (!error) c->local = n->local = local;
       break;
     case VMMC_REQUEST_LISTEN: error = request_listen(e, slot, local, flags, backlog, request); break;
-    case VMMC_REQUEST_CONNECT: error = request_connect(e, slot, local, peer, node, request); break;
+    case VMMC_REQUEST_CONNECT: error = request_connect(e, slot, local, peer, node, flags, request); break;
     default: COUNT(e, commands_rejected, 1);
   }
   c->answer = error;

@@ -205,7 +205,7 @@ void remotes_given_up(uint32_t node);
 
 /* ---- port.c: 0 or an errno ---- */
 int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags, uint32_t request);
-int port_ephemeral(struct endpoint *e, uint32_t slot, struct vmmc_address *address);
+int port_ephemeral(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags);
 int port_listen(struct endpoint *e, uint32_t slot);
 void port_release(struct connection *c);
 void port_accepted(const struct connection *c); /* a passive connection begins at its local port, */

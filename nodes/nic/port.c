@@ -138,13 +138,13 @@ int port_bind(struct endpoint *e, uint32_t slot, struct vmmc_address *address, u
   return 0;
 }
 
-int port_ephemeral(struct endpoint *e, uint32_t slot, struct vmmc_address *address) {
+int port_ephemeral(struct endpoint *e, uint32_t slot, struct vmmc_address *address, uint32_t flags) {
   struct connection *c = connection_of(e, slot);
   if (c->binding) {
     address->port = nic.state->binding[c->binding - 1].address.port;
     return 0;
   }
-  struct binding candidate = { .address = *address };
+  struct binding candidate = { .flags = flags, .address = *address };
   if (!(candidate.address.port = choose_port())) return EADDRNOTAVAIL;
   if (!(c->binding = enter(e, slot, &candidate))) return ENOBUFS;
   address->port = candidate.address.port;

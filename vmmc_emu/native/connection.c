@@ -44,14 +44,20 @@ uint64_t connection_unsent(const struct vsocket *s) {
 }
 
 uint64_t connection_unacknowledged(struct vsocket *s) {
-  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
-  struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
-  uint64_t acknowledged = atomic_load_explicit(&n->acknowledged, memory_order_acquire);
-  uint64_t written = atomic_load_explicit(&a->written, memory_order_relaxed);
-  if (written <= acknowledged) return 0;
-  atomic_store_explicit(&a->wanted, written, memory_order_relaxed);
-  endpoint_ring_slot(s->endpoint, s->slot);
-  return written - acknowledged;
+  struct vmmc_app_slot *a = slot_hold(s);
+  uint64_t left = 0;
+  if (a) {
+    const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+    uint64_t acknowledged = atomic_load_explicit(&n->acknowledged, memory_order_acquire);
+    uint64_t written = atomic_load_explicit(&a->written, memory_order_relaxed);
+    if (written > acknowledged) {
+      left = written - acknowledged;
+      atomic_store_explicit(&a->wanted, written, memory_order_relaxed);
+      endpoint_ring_slot(s->endpoint, s->slot);
+    }
+  }
+  slot_let_go(s);
+  return left;
 }
 
 bool connection_over(const struct vsocket *s) {
@@ -143,7 +149,7 @@ static void control_begin(struct vsocket *s, struct wait_undo *undo) {
     if (mine) return;
     int cancel; /* neither a signal nor a cancellation ends it */
     pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
-    wait_until(&word, 1, control_is_free, s, WAIT_FOREVER, false);
+    wait_until(&word, 1, control_is_free, s, WAIT_FOREVER, wait_signals_now(), false);
     pthread_setcancelstate(cancel, NULL);
   }
 }
@@ -187,7 +193,7 @@ static int await_answer(struct vsocket *s) {
   int count = socket_wait_words(s, false, true, words), cancel;
   /* bind and listen are no cancellation points, and connect's is the wait for its outcome */
   pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
-  while (wait_until(words, count, answered_or_detached, s, WAIT_FOREVER, false)) {
+  while (wait_until(words, count, answered_or_detached, s, WAIT_FOREVER, wait_signals_now(), false)) {
   }
   pthread_setcancelstate(cancel, NULL);
   if (!answered(s)) return endpoint_served(s->endpoint);
@@ -279,8 +285,10 @@ uint64_t connection_accepts_waiting(const struct vsocket *s) {
 }
 
 static bool can_accept(void *context) {
-  struct vsocket *s = context;
-  return atomic_load_explicit(&s->phase, memory_order_acquire) != SOCKET_LISTENING || endpoint_detached(s->endpoint) ||
+  struct connection_wait *w = context;
+  struct vsocket *s = w->socket;
+  return connection_was_dissolved(s, w->dissolved) ||
+         atomic_load_explicit(&s->phase, memory_order_acquire) != SOCKET_LISTENING || endpoint_detached(s->endpoint) ||
          connection_accepts_waiting(s) >= sizeof(struct vmmc_accept_entry);
 }
 
@@ -326,6 +334,7 @@ static int accept_one(struct vsocket *s, struct vsocket *accepted) {
 
 int socket_accept(struct vsocket *s, bool nonblocking, struct vsocket **out) {
   if (!connection_usable(s)) return -EBADF;
+  struct connection_wait wait = connection_wait_begin(s);
   if (atomic_load(&s->phase) != SOCKET_LISTENING) return -EINVAL;
   uint64_t deadline = connection_deadline(s->receive_timeout_ns);
   struct wait_word words[SOCKET_WORDS];
@@ -333,17 +342,17 @@ int socket_accept(struct vsocket *s, bool nonblocking, struct vsocket **out) {
   for (;;) {
     /* Made only when there is something to accept: a thread that is cancelled asleep leaves nothing. */
     if (!nonblocking) {
-      int waited = wait_until(words, count, can_accept, s, deadline, s->receive_timeout_ns != 0);
+      int waited = wait_until(words, count, can_accept, &wait, deadline, wait.since, s->receive_timeout_ns != 0);
       if (waited == -ETIMEDOUT) return -EAGAIN;
       if (waited) return waited;
-    } else if (!can_accept(s)) {
+    } else if (!can_accept(&wait)) {
       return -EAGAIN;
     }
     struct vsocket *accepted = socket_new(s->family);
     if (!accepted) return -ENOMEM;
     inherit(accepted, s);
     critical_lock(&s->receive_lock);
-    int error = accept_one(s, accepted);
+    int error = connection_was_dissolved(s, wait.dissolved) ? -EINVAL : accept_one(s, accepted);
     critical_unlock(&s->receive_lock);
     if (!error) {
       *out = accepted;
@@ -382,6 +391,8 @@ static void abandon(struct vsocket *s, uint32_t bits) {
   /* Before the NIC hears of it, which wakes whoever waits for readiness. */
   atomic_store_explicit(&s->phase, s->bound ? SOCKET_BOUND : SOCKET_NEW, memory_order_release);
   if (s->generation) {
+    /* A receive that has its address posted finds that out, and waits until nothing can be written there. */
+    if (s->redirecting) atomic_store(&app_slot(s->endpoint, s->slot)->post, 0);
     slot_leave(s, bits);
     slot_give_back(s);
   }
@@ -488,6 +499,7 @@ int socket_connect(struct vsocket *s, const struct sockaddr *address, socklen_t 
   if (family == AF_UNSPEC) return disconnect(s);
 
   int pending;
+  struct wait_signals since = wait_signals_now();
   struct wait_undo undo;
   control_begin(s, &undo);
   int error = connect_step(s, address, length, &pending);
@@ -498,7 +510,7 @@ int socket_connect(struct vsocket *s, const struct sockaddr *address, socklen_t 
 
   struct wait_word words[SOCKET_WORDS];
   int count = socket_wait_words(s, false, true, words);
-  int waited = wait_until(words, count, connect_settled, s, connection_deadline(s->send_timeout_ns),
+  int waited = wait_until(words, count, connect_settled, s, connection_deadline(s->send_timeout_ns), since,
                           s->send_timeout_ns != 0);
   control_begin(s, &undo);
   if (atomic_load(&s->phase) != SOCKET_CONNECTING) /* another thread that waited for the same was faster */
@@ -529,6 +541,7 @@ int socket_shutdown(struct vsocket *s, int how) {
     control_end(s, &undo);
     return 0;
   }
+  uint32_t dissolved = atomic_load_explicit(&s->dissolved, memory_order_relaxed);
   struct connection_view view = connection_view(s);
   if (view.connecting) {
     control_begin(s, &undo);
@@ -548,10 +561,14 @@ int socket_shutdown(struct vsocket *s, int how) {
   }
   bool over = connection_over(s);
   critical_lock(&s->send_lock); /* bytes that a send is about to publish go before the end */
-  atomic_fetch_or(&s->shut, bits);
-  atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, bits);
-  endpoint_ring_slot(s->endpoint, s->slot);
+  struct vmmc_app_slot *a = connection_was_dissolved(s, dissolved) ? NULL : app_slot(s->endpoint, s->slot);
+  if (a) {
+    atomic_fetch_or(&s->shut, bits);
+    atomic_fetch_or(&a->shut, bits);
+    endpoint_ring_slot(s->endpoint, s->slot);
+  }
   critical_unlock(&s->send_lock);
+  if (!a) return -ENOTCONN; /* another thread gave it up, and may have connected again */
   connection_wake_local(s);
   return over ? -ENOTCONN : 0;
 }

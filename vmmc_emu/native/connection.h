@@ -27,6 +27,16 @@ static inline bool connection_was_dissolved(const struct vsocket *s, uint32_t si
   return __builtin_expect(atomic_load_explicit(&s->dissolved, memory_order_relaxed) != since, 0);
 }
 
+/* One call that may wait: as the connection, and the thread, were when it began. */
+struct connection_wait {
+  struct vsocket *socket;
+  uint32_t dissolved;
+  struct wait_signals since;
+};
+static inline struct connection_wait connection_wait_begin(struct vsocket *s) {
+  return (struct connection_wait){ s, atomic_load_explicit(&s->dissolved, memory_order_relaxed), wait_signals_now() };
+}
+
 /* Bytes that were written and that the NIC has yet to send. */
 uint64_t connection_unsent(const struct vsocket *s);
 

@@ -337,9 +337,7 @@ struct endpoint *endpoint_current(void) {
 }
 
 /* Once a process: the page that forks wipe, and the handlers.  0 or -errno. */
-static int watch_forks(void) {
-  static bool watching;
-  if (watching) return 0;
+static int watch_forks_once(void) {
   void *page = mmap(NULL, VMMC_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (page == MAP_FAILED) return -errno;
   madvise(page, VMMC_PAGE, MADV_WIPEONFORK); /* before Linux 4.14 the fork handler alone has to do */
@@ -349,8 +347,21 @@ static int watch_forks(void) {
     return -error;
   }
   atomic_store_explicit(&mark, page, memory_order_release);
-  watching = true;
   return 0;
+}
+
+static int watch_forks(void) {
+  static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER;
+  static _Atomic bool watching;
+  if (atomic_load_explicit(&watching, memory_order_acquire)) return 0;
+  uint64_t signals;
+  sys_block_signals(&signals);
+  pthread_mutex_lock(&once);
+  int error = atomic_load_explicit(&watching, memory_order_relaxed) ? 0 : watch_forks_once();
+  if (!error) atomic_store_explicit(&watching, true, memory_order_release);
+  pthread_mutex_unlock(&once);
+  sys_restore_signals(&signals);
+  return error;
 }
 
 /* One line, once a process: the program itself will say no more than "cannot connect". */
@@ -397,8 +408,7 @@ static int attach_default(void) {
    * in other use, so they are left alone; they are close-on-exec. */
   if (atomic_load_explicit(&current, memory_order_relaxed)) forget(false);
   struct endpoint *e;
-  int error = watch_forks();
-  if (!error) error = endpoint_attach(path, false, &e);
+  int error = endpoint_attach(path, false, &e);
   if (error) {
     explain(path, -error);
     return error;
@@ -412,6 +422,12 @@ static int attach_default(void) {
 struct endpoint *endpoint_default(void) {
   struct endpoint *e = endpoint_current();
   if (e) return e;
+  /* Before the lock: who forks meanwhile waits for it, or its child could not attach. */
+  int unwatched = watch_forks();
+  if (unwatched) {
+    errno = -unwatched;
+    return NULL;
+  }
   /* No handler of the program's may run in here: it could want a socket, too. */
   uint64_t signals;
   sys_block_signals(&signals);

@@ -20,6 +20,7 @@ void export_gone(struct vmmc_endpoint *v, uint32_t export_id) {
   notify_drop(v, export_id);
   utlb_release(v, x->offset, x->length);
   *x = (struct exported){0};
+  notify_changed(v); /* whoever waits for notifications of it */
 }
 
 /* A name as it stands in a command: not empty, at most 32 bytes. */

@@ -58,7 +58,7 @@
 #define socket_edges vmmc_i_socket_edges /* also the struct of that name */
 #define socket_set_watch vmmc_i_socket_set_watch
 #define socket_wait_words vmmc_i_socket_wait_words
-#define socket_of_slot vmmc_i_socket_of_slot
+#define socket_readiness_of_slot vmmc_i_socket_readiness_of_slot
 #define socket_route_of vmmc_i_socket_route_of
 #define socket_address_is_local vmmc_i_socket_address_is_local
 #define socket_place vmmc_i_socket_place

@@ -16,9 +16,15 @@ void notify_start(struct vmmc_endpoint *v) {
   pthread_cond_init(&v->notifier.ran, NULL);
 }
 
-struct wait_word notify_word(const struct vmmc_endpoint *v) {
-  return (struct wait_word){&nic_header(v->endpoint)->wake_notification,
-                            &app_header(v->endpoint)->asleep_notification};
+void notify_changed(struct vmmc_endpoint *v) {
+  atomic_fetch_add_explicit(&v->notifier.changed, 1, memory_order_release);
+  vmmc_futex_wake(&v->notifier.changed);
+}
+
+int notify_words(struct vmmc_endpoint *v, struct wait_word words[2]) {
+  words[0] = (struct wait_word){&nic_header(v->endpoint)->wake_notification, &app_header(v->endpoint)->asleep_notification};
+  words[1] = (struct wait_word){&v->notifier.changed, &v->notifier.asleep};
+  return 2;
 }
 
 static uint64_t written(const struct vmmc_endpoint *v) {
@@ -100,8 +106,8 @@ int vmmc_notification(struct vmmc_endpoint *v, int export_id, struct vmmc_notice
   if (!notice) return fail(EINVAL);
   struct taking t = {
       .v = v, .taker = export_id == VMMC_EVERY ? FOR_OTHERS : FOR_EXPORT, .export_id = export_id};
-  struct wait_word words[] = {notify_word(v), {&v->notifier.changed, &v->notifier.asleep}};
-  int error = call_wait(v, words, 2, taking_is_over, &t, timeout_ms);
+  struct wait_word words[2];
+  int error = call_wait(v, words, notify_words(v, words), taking_is_over, &t, timeout_ms);
   if (!error && t.gone) error = EINVAL;
   if (error) return fail(error);
   *notice = t.notice;
@@ -114,9 +120,9 @@ static void *run_handlers(void *context) {
   struct vmmc_endpoint *v = context;
   struct notifier *n = &v->notifier;
   struct taking t = {.v = v, .taker = FOR_HANDLERS};
-  struct wait_word words[] = {notify_word(v), {&n->changed, &n->asleep}};
+  struct wait_word words[2];
   for (;;) {
-    int error = call_wait(v, words, 2, taking_is_over, &t, -1);
+    int error = call_wait(v, words, notify_words(v, words), taking_is_over, &t, -1);
     if (error == EINTR) continue;
     if (error) return NULL; /* the endpoint has ended */
     pthread_mutex_lock(&v->lock);
@@ -148,12 +154,6 @@ static int thread_start(struct vmmc_endpoint *v) {
   return error;
 }
 
-/* Something else than the NIC changed what the sleepers look at. */
-static void changed(struct vmmc_endpoint *v) {
-  atomic_fetch_add_explicit(&v->notifier.changed, 1, memory_order_release);
-  vmmc_futex_wake(&v->notifier.changed);
-}
-
 int vmmc_on_notification(struct vmmc_endpoint *v, int export_id, vmmc_handler *handler, void *context) {
   if (!call_begin(v)) return -1;
   struct notifier *n = &v->notifier;
@@ -168,7 +168,7 @@ int vmmc_on_notification(struct vmmc_endpoint *v, int export_id, vmmc_handler *h
   }
   pthread_mutex_unlock(&v->lock);
   if (error) return fail(error);
-  changed(v);
+  notify_changed(v);
   return 0;
 }
 

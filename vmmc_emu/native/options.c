@@ -16,6 +16,7 @@
 
 #include "address.h"
 #include "connection.h"
+#include "slot.h"
 #include "sys.h"
 
 /* Linux's, where libc's headers may lack them. */
@@ -163,9 +164,9 @@ static int set_receive_buffer(struct vsocket *s, int bytes) {
   if (bytes < 0 || bytes > most) bytes = most; /* unsigned, as Linux takes it */
   if (bytes < RECEIVE_BUFFER_MIN / 2) bytes = RECEIVE_BUFFER_MIN / 2;
   s->receive_buffer = (uint32_t)bytes;
-  if (s->generation)
-    atomic_store_explicit(&app_slot(s->endpoint, s->slot)->receive_window, s->receive_buffer,
-                          memory_order_relaxed);
+  struct vmmc_app_slot *a = slot_hold(s);
+  if (a) atomic_store_explicit(&a->receive_window, s->receive_buffer, memory_order_relaxed);
+  slot_let_go(s);
   return 0;
 }
 
@@ -173,11 +174,11 @@ static int set_send_buffer(struct vsocket *s, int bytes) {
   int most = buffer_max("/proc/sys/net/core/wmem_max");
   if (bytes < 0 || bytes > most) bytes = most;
   s->send_buffer = bytes < SEND_BUFFER_MIN / 2 ? SEND_BUFFER_MIN / 2 : (uint32_t)bytes;
-  if (s->generation) {
-    atomic_store_explicit(&app_slot(s->endpoint, s->slot)->send_window, s->send_buffer, memory_order_relaxed);
-    /* What is on its way was to be acknowledged in steps of the window that was. */
-    connection_unacknowledged(s);
-  }
+  struct vmmc_app_slot *a = slot_hold(s);
+  if (a) atomic_store_explicit(&a->send_window, s->send_buffer, memory_order_relaxed);
+  slot_let_go(s);
+  /* What is on its way was to be acknowledged in steps of the window that was. */
+  connection_unacknowledged(s);
   connection_wake_local(s); /* writers, who may have room now */
   return 0;
 }
@@ -239,12 +240,13 @@ uint64_t socket_keepalive(const struct vsocket *s) {
 
 /* Tells the NIC, when what was set is about that. */
 static void tell_keepalive(struct vsocket *s) {
-  if (!s->generation) return;
-  _Atomic uint64_t *told = &app_slot(s->endpoint, s->slot)->keepalive;
+  struct vmmc_app_slot *a = slot_hold(s);
   uint64_t wanted = socket_keepalive(s);
-  if (atomic_load_explicit(told, memory_order_relaxed) == wanted) return;
-  atomic_store_explicit(told, wanted, memory_order_relaxed); /* ordered by the ring */
-  endpoint_ring_slot(s->endpoint, s->slot);
+  if (a && atomic_load_explicit(&a->keepalive, memory_order_relaxed) != wanted) {
+    atomic_store_explicit(&a->keepalive, wanted, memory_order_relaxed); /* ordered by the ring */
+    endpoint_ring_slot(s->endpoint, s->slot);
+  }
+  slot_let_go(s);
 }
 
 int socket_setsockopt(struct vsocket *s, int level, int name, const void *value, socklen_t length) {
@@ -386,7 +388,7 @@ int socket_ioctl(struct vsocket *s, unsigned long request, int *number) {
     case TIOCOUTQ: /* SIOCOUTQ */
     case SIOCOUTQNSD:
       if (s->phase == SOCKET_LISTENING) return -EINVAL;
-      *number = !connected ? 0 : (int)(request == TIOCOUTQ ? connection_unacknowledged(s) : connection_unsent(s));
+      *number = !connected ? 0 : request == TIOCOUTQ ? (int)connection_unacknowledged(s) : (int)connection_unsent(s);
       return 0;
     case SIOCATMARK: *number = 0; return 0;
     default: return -ENOTTY;

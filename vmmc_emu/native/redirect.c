@@ -45,6 +45,7 @@ struct vmmc_redirected redirect_withdraw(struct vmmc_endpoint *v, uint32_t expor
   if (redirected.to < x->redirect_position + x->redirect_length) COUNT_APP(v, redirections_cancelled, 1);
   utlb_release(v, x->redirect_offset, x->redirect_length);
   x->post = 0;
+  notify_changed(v); /* whoever waits for it to be full */
   return redirected;
 }
 
@@ -115,8 +116,8 @@ int vmmc_redirect_wait(struct vmmc_endpoint *v, int export_id, uint64_t upto,
                        struct vmmc_redirected *redirected, int timeout_ms) {
   if (!call_begin(v)) return -1;
   struct filling f = {.v = v, .export_id = export_id, .upto = upto};
-  struct wait_word word = notify_word(v);
-  int error = call_wait(v, &word, 1, filling_is_over, &f, timeout_ms);
+  struct wait_word words[2];
+  int error = call_wait(v, words, notify_words(v, words), filling_is_over, &f, timeout_ms);
   if (!error && !f.posted) error = EINVAL;
   if (redirected && f.posted) *redirected = f.redirected;
   return error ? fail(error) : 0;

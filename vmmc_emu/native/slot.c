@@ -11,6 +11,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "connection.h"
+
 enum {
   REAP_LOOKS = 8,              /* slots given back that are looked at when one is needed */
   SPARE_RINGS_BYTES = 4 << 20, /* rings of slots out of use keep their pages up to this many bytes in all */
@@ -144,8 +146,11 @@ static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint
   /* release: the NIC that sees the generation sees the rest */
   atomic_store_explicit(&a->generation, generation, memory_order_release);
   s->generation = generation;
+  critical_lock(&s->slot_lock);
+  s->has_slot = true; /* what is set from here on is set there as well; what was set before: */
   atomic_store(&a->exclusive, atomic_load(&s->exclusive));
   atomic_store(&a->watch, atomic_load(&s->watch));
+  critical_unlock(&s->slot_lock);
   if (keepalive) endpoint_ring_slot(e, slot); /* of an accepted connection the NIC would not look at it */
 }
 
@@ -182,7 +187,17 @@ int slot_take(struct vsocket *s) {
   return error;
 }
 
+struct vmmc_app_slot *slot_hold(struct vsocket *s) {
+  critical_lock(&s->slot_lock);
+  return s->has_slot && connection_usable(s) ? app_slot(s->endpoint, s->slot) : NULL;
+}
+
+void slot_let_go(struct vsocket *s) { critical_unlock(&s->slot_lock); }
+
 void slot_leave(struct vsocket *s, uint32_t bits) {
+  critical_lock(&s->slot_lock);
+  s->has_slot = false;
+  critical_unlock(&s->slot_lock);
   /* First: once the NIC knows, the slot may be accepted into, and what is stored here after that would be in place
    * of its next holder, who then hears of no event. */
   atomic_store_explicit(&slot_memory(s->endpoint, s->slot)->socket, NULL, memory_order_relaxed);

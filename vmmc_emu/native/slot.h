@@ -24,6 +24,11 @@ int slot_take(struct vsocket *s);
 /* Makes s the holder of a passive slot, which the NIC filled.  0 or -ENOBUFS. */
 int slot_adopt(struct vsocket *s, struct endpoint *e, struct vmmc_accept_entry entry);
 
+/* The app's half of the slot of s, which stays that until slot_let_go, in whatever thread s leaves it meanwhile; NULL:
+ * it has none (or not in this process), and slot_let_go all the same.  Nothing else is done in between. */
+struct vmmc_app_slot *slot_hold(struct vsocket *s);
+void slot_let_go(struct vsocket *s);
+
 /* Tells the NIC that s is done with its slot (bits of VMMC_SHUT_* and their like, VMMC_CLOSED among them).  From
  * here on s is not its holder: a passive slot may have another one, in another thread, before this returns. */
 void slot_leave(struct vsocket *s, uint32_t bits);
@@ -32,7 +37,7 @@ void slot_leave(struct vsocket *s, uint32_t bits);
  * Nobody uses it through s any more. */
 void slot_give_back(struct vsocket *s);
 
-/* The socket that holds the slot now, without a reference: only socket_of_slot may take one. */
+/* The socket that holds the slot now, without a reference. */
 struct vsocket *slot_holder(struct endpoint *e, uint32_t slot);
 
 /* A fork must find the lock free: its child may open sockets of its own. */

@@ -30,6 +30,7 @@ static bool pool_grow(void) {
     pthread_mutex_init(&s->send_lock, NULL);
     pthread_mutex_init(&s->receive_lock, NULL);
     pthread_mutex_init(&s->control_lock, NULL);
+    pthread_mutex_init(&s->slot_lock, NULL);
     s->next_free = pool_free;
     pool_free = s;
   }
@@ -67,6 +68,7 @@ struct vsocket *socket_new(int family) {
   s->family = family;
   s->endpoint = NULL;
   s->slot = s->generation = 0;
+  s->has_slot = false;
   s->receive_timeout_ns = s->send_timeout_ns = 0;
   s->receive_buffer = s->send_buffer = 0;
   s->linger_s = -1;
@@ -85,22 +87,11 @@ struct vsocket *socket_new(int family) {
   s->rung = s->outstanding = s->full_at = 0;
   memset(s->kept, 0, sizeof s->kept);
   s->phase = SOCKET_NEW;
-  /* release: socket_of_slot may look at the references of a socket that it found stale */
-  atomic_store_explicit(&s->references, 1, memory_order_release);
+  atomic_store_explicit(&s->references, 1, memory_order_relaxed);
   return s;
 }
 
 void socket_hold(struct vsocket *s) { atomic_fetch_add_explicit(&s->references, 1, memory_order_relaxed); }
-
-/* A reference, unless nobody has one any more. */
-static bool try_hold(struct vsocket *s) {
-  uint32_t n = atomic_load_explicit(&s->references, memory_order_relaxed);
-  while (n)
-    if (atomic_compare_exchange_weak_explicit(&s->references, &n, n + 1, memory_order_acquire,
-                                              memory_order_relaxed))
-      return true;
-  return false;
-}
 
 /* ---- close ---- */
 
@@ -119,7 +110,7 @@ static void linger(struct vsocket *s) {
   /* A thread that is cancelled meanwhile must still give the slot back: it is cancelled after that. */
   int cancel;
   pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
-  wait_until(words, count, delivered, s, connection_deadline((uint64_t)s->linger_s * 1000000000u), true);
+  wait_until(words, count, delivered, s, connection_deadline((uint64_t)s->linger_s * 1000000000u), wait_signals_now(), true);
   pthread_setcancelstate(cancel, NULL);
 }
 
@@ -157,20 +148,20 @@ void socket_release(struct vsocket *s) {
 
 /* ---- for the readiness layer ---- */
 
-struct vsocket *socket_of_slot(struct endpoint *e, uint32_t slot) {
+/* No reference is taken: whoever gave back the last one would end the socket, which may wait for its peer. */
+void *socket_readiness_of_slot(struct endpoint *e, uint32_t slot) {
   struct vsocket *s = slot_holder(e, slot);
-  if (!s || !try_hold(s)) return NULL;
-  /* Between the look and the hold it may have become another socket: then it is not there any more. */
-  if (slot_holder(e, slot) == s) return s;
-  socket_release(s);
-  return NULL;
+  return s ? atomic_load_explicit(&s->readiness, memory_order_acquire) : NULL;
 }
 
 void socket_set_watch(struct vsocket *s, uint64_t groups, uint64_t exclusive) {
   atomic_store(&s->exclusive, exclusive);
   atomic_store(&s->watch, groups);
-  if (!s->generation || !connection_usable(s)) return;
-  /* In between the NIC may wake one too many or, of exclusive sets that came just now, one of them. */
-  atomic_store(&app_slot(s->endpoint, s->slot)->exclusive, exclusive);
-  atomic_store(&app_slot(s->endpoint, s->slot)->watch, groups);
+  struct vmmc_app_slot *a = slot_hold(s);
+  if (a) {
+    /* In between the NIC may wake one too many or, of exclusive sets that came just now, one of them. */
+    atomic_store(&a->exclusive, exclusive);
+    atomic_store(&a->watch, groups);
+  }
+  slot_let_go(s);
 }

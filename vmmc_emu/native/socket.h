@@ -34,6 +34,8 @@ struct vsocket {
   int family;               /* AF_INET or AF_INET6 */
   struct endpoint *endpoint;
   uint32_t slot, generation; /* generation 0: no slot yet */
+  pthread_mutex_t slot_lock; /* the innermost one: who stores options into the slot holds it, see slot_hold */
+  bool has_slot;             /* it is ours still (slot_lock) */
   _Atomic uint32_t phase;   /* enum socket_phase */
   pthread_mutex_t send_lock, receive_lock, control_lock; /* never held while asleep */
   /* options, in the units of the socket interface */
@@ -46,7 +48,7 @@ struct vsocket {
   _Atomic uint32_t error_taken;                 /* the NIC's error was given out once */
   int32_t error_before;                         /* `error` before connect asked the NIC (control) */
   _Atomic uint64_t watch, exclusive;            /* wake groups, as stored in the slot */
-  void *readiness;                              /* private to the readiness layer (epoll items) */
+  _Atomic(void *) readiness;                    /* private to the readiness layer (its file) */
 
   /* private to this layer; connection.h says what its files share */
   struct vsocket *next_free;          /* in the pool of unused sockets */
@@ -113,8 +115,9 @@ void socket_set_watch(struct vsocket *s, uint64_t groups, uint64_t exclusive);
 enum { SOCKET_WORDS = 3 };
 int socket_wait_words(struct vsocket *s, bool receive, bool send, struct wait_word words[SOCKET_WORDS]);
 
-/* The socket that holds `slot` of endpoint e now (for the event ring), with a reference; or NULL. */
-struct vsocket *socket_of_slot(struct endpoint *e, uint32_t slot);
+/* What stands in `readiness` of the socket that holds `slot` of endpoint e now (for the event ring), or NULL.  It may
+ * be over by the time that it is looked at: then it is another one's, to whom the look does no harm. */
+void *socket_readiness_of_slot(struct endpoint *e, uint32_t slot);
 
 /* ---- addresses of the cluster ---- */
 

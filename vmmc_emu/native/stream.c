@@ -205,7 +205,9 @@ static int send_obstacle(struct vsocket *s, size_t sent) {
 }
 
 static bool can_send(void *context) {
-  struct vsocket *s = context;
+  struct connection_wait *w = context;
+  struct vsocket *s = w->socket;
+  if (connection_was_dissolved(s, w->dissolved)) return true;
   struct connection_view view = connection_view(s);
   if (view.connecting) return false;
   return view.dead || !view.connected || (view.status & VMMC_PEER_CLOSED) ||
@@ -252,10 +254,10 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
   struct pieces from = { vector, count, 0 };
   size_t length = pieces_length(vector, count), sent = 0;
   uint64_t deadline = 0; /* read from the clock only when it is needed */
-  uint32_t dissolved = atomic_load_explicit(&s->dissolved, memory_order_relaxed);
+  struct connection_wait wait = connection_wait_begin(s);
   for (;;) {
     critical_lock(&s->send_lock);
-    ssize_t n = connection_was_dissolved(s, dissolved) ? -EPIPE : send_obstacle(s, sent);
+    ssize_t n = connection_was_dissolved(s, wait.dissolved) ? -EPIPE : send_obstacle(s, sent);
     /* Nothing to send is not kept waiting. */
     if (n == 0 || (n == -EAGAIN && !length && connection_view(s).connected))
       n = send_some(s, &from, length - sent);
@@ -270,8 +272,8 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
     if (flags & MSG_DONTWAIT) return sent ? (ssize_t)sent : -EAGAIN;
     if (!deadline) deadline = connection_deadline(s->send_timeout_ns);
     struct wait_word words[SOCKET_WORDS];
-    int waited = wait_until(words, socket_wait_words(s, false, true, words), can_send, s, deadline,
-                            s->send_timeout_ns != 0);
+    int waited = wait_until(words, socket_wait_words(s, false, true, words), can_send, &wait, deadline, wait.since,
+                            sent || s->send_timeout_ns);
     if (waited) return sent ? (ssize_t)sent : waited == -ETIMEDOUT ? -EAGAIN : waited;
   }
 }
@@ -348,6 +350,11 @@ static void consume(struct vsocket *s, uint64_t n) {
 
 struct redirected_receive {
   struct vsocket *socket;
+  struct endpoint *endpoint; /* its slot, when the address was posted: */
+  uint32_t slot, dissolved;  /* it may be another socket's once the connection was given up */
+  struct wait_signals since; /* when the call began */
+  uint64_t read;             /* bytes of this receive that are in place and consumed */
+  bool has_some;             /* the call has moved bytes, of this receive or before it */
   char *destination;
   uint64_t offset, length; /* of the destination in the heap, held */
   uint64_t position;       /* stream position of its first byte */
@@ -390,7 +397,7 @@ static void redirect_cancelled(void *context);
 
 /* Posts the address, when the NIC reaches it.  receive_lock is held. */
 static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char *destination,
-                          uint64_t length, uint64_t target) {
+                          uint64_t length, uint64_t target, const struct connection_wait *wait, bool has_some) {
   r->space = VMMC_SPACE_HEAP;
   if (!heap_hold(s->endpoint, destination, length, &r->offset)) {
     if (!program_hold(s->endpoint, destination, &length)) return false;
@@ -400,6 +407,12 @@ static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char 
   }
   struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
   r->socket = s;
+  r->endpoint = s->endpoint;
+  r->slot = s->slot;
+  r->dissolved = wait->dissolved;
+  r->since = wait->since;
+  r->read = 0;
+  r->has_some = has_some;
   r->destination = destination;
   r->length = length;
   r->target = target;
@@ -418,15 +431,20 @@ static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char 
   return true;
 }
 
+/* The connection was given up: nothing more comes, and the slot is not ours to look at. */
+static bool redirect_dissolved(const struct redirected_receive *r) {
+  return connection_was_dissolved(r->socket, r->dissolved);
+}
+
 static uint64_t redirect_consumed(const struct redirected_receive *r) {
-  const struct vmmc_app_slot *a = app_slot(r->socket->endpoint, r->socket->slot);
+  const struct vmmc_app_slot *a = app_slot(r->endpoint, r->slot);
   return atomic_load_explicit(&a->consumed, memory_order_relaxed);
 }
 
 /* Which of the bytes [at, end), all of them placed, went to the posted address: [*from, *to). */
 static void redirect_told(const struct redirected_receive *r, uint64_t at, uint64_t end, uint64_t *from,
                           uint64_t *to) {
-  const struct vmmc_nic_slot *nic = nic_slot(r->socket->endpoint, r->socket->slot);
+  const struct vmmc_nic_slot *nic = nic_slot(r->endpoint, r->slot);
   *from = *to = end;
   /* acquire: the NIC stores the bounds first and the generation that they belong to last */
   if (atomic_load_explicit(&nic->redirected_post, memory_order_acquire) != r->generation) return;
@@ -442,13 +460,15 @@ static void redirect_told(const struct redirected_receive *r, uint64_t at, uint6
 /*
  * Reads what has been placed so far: what went to the default buffer is copied to where the rest already
  * is.  Also while the address stands: the NIC writes only behind `placed`, and the sender gets its room
- * back as it goes, so a receive may be longer than the ring.  receive_lock is held.
+ * back as it goes, so a receive may be longer than the ring.  receive_lock is held, and the connection is not
+ * dissolved.
  */
 static void redirect_progress(struct redirected_receive *r) {
   struct vsocket *s = r->socket;
   uint64_t at = redirect_consumed(r), end = at + arrival(s).waiting, from, to;
   if (end > r->position + r->length) end = r->position + r->length;
   if (end == at) return;
+  r->has_some = true;
   redirect_told(r, at, end, &from, &to);
   const char *ring = default_buffer(s->endpoint, s->slot);
   struct iovec head = { r->destination + (at - r->position), from - at };
@@ -459,6 +479,7 @@ static void redirect_progress(struct redirected_receive *r) {
   (void)copy_from_ring(ring, to, &(struct pieces){ &tail, 1, 0 }, tail.iov_len);
   uint64_t copied = head.iov_len + tail.iov_len;
   consume(s, end - at);
+  r->read = end - r->position;
   if (!copied) return;
   COUNT_APP(s, bytes_copied, copied);
   /* Until the NIC hears that what came before the redirected run is read, it gives no credit for the run. */
@@ -473,9 +494,12 @@ static void redirect_progress(struct redirected_receive *r) {
  */
 static void redirect_withdraw(struct redirected_receive *r) {
   struct vsocket *s = r->socket;
-  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+  const struct vmmc_nic_slot *n = nic_slot(r->endpoint, r->slot);
   struct timespec pause = { .tv_nsec = 20000 };
-  atomic_store(&app_slot(s->endpoint, s->slot)->post, 0);
+  critical_lock(&s->receive_lock);
+  if (!redirect_dissolved(r)) atomic_store(&app_slot(r->endpoint, r->slot)->post, 0); /* else it was done (abandon) */
+  critical_unlock(&s->receive_lock);
+  /* The generation is the slot's: no later holder's claim has the same. */
   for (int looks = 0; atomic_load(&n->claim) == r->generation; looks++) {
     if (looks < 1000) {
       sched_yield();
@@ -497,10 +521,16 @@ static bool redirect_sleeps_on(const struct redirected_receive *r) {
 
 static bool redirect_is_over(void *context) {
   struct redirected_receive *r = context;
-  if (redirect_sleeps_on(r)) return false;
+  if (redirect_dissolved(r)) return true;
+  /* What has moved bytes is ended by any handler, as on Linux: the call sees to it. */
+  bool stops = r->has_some && wait_interrupted(r->since, true);
+  if (!stops && redirect_sleeps_on(r)) return false;
   critical_lock(&r->socket->receive_lock);
-  redirect_progress(r);
-  bool over = redirect_consumed(r) - r->position >= r->target || arrival(r->socket).ended;
+  bool over = redirect_dissolved(r);
+  if (!over) {
+    redirect_progress(r);
+    over = stops || redirect_consumed(r) - r->position >= r->target || arrival(r->socket).ended;
+  }
   critical_unlock(&r->socket->receive_lock);
   return over;
 }
@@ -510,12 +540,14 @@ static void redirect_end(struct redirected_receive *r, bool read_rest) {
   struct vsocket *s = r->socket;
   redirect_withdraw(r);
   critical_lock(&s->receive_lock);
-  uint64_t at = redirect_consumed(r), end = at + arrival(s).waiting, from, to;
-  redirect_told(r, at, end, &from, &to);
-  /* Bytes that were redirected are nowhere else: they are read, if only by a thread that is cancelled. */
-  if (read_rest || to > from) redirect_progress(r);
-  if (redirect_consumed(r) < r->position + r->length) COUNT_APP(s, redirections_cancelled, 1);
-  if (r->space == VMMC_SPACE_HEAP) heap_release(s->endpoint, r->offset, r->length);
+  if (!redirect_dissolved(r)) {
+    uint64_t at = redirect_consumed(r), end = at + arrival(s).waiting, from, to;
+    redirect_told(r, at, end, &from, &to);
+    /* Bytes that were redirected are nowhere else: they are read, if only by a thread that is cancelled. */
+    if (read_rest || to > from) redirect_progress(r);
+  }
+  if (r->read < r->length) count(&app_header(r->endpoint)->counters.redirections_cancelled, 1);
+  if (r->space == VMMC_SPACE_HEAP) heap_release(r->endpoint, r->offset, r->length);
   s->redirecting = false;
   wait_undo_pop(&r->undo); /* only now: the memory may be a stack frame that longjmp leaves */
   critical_unlock(&s->receive_lock);
@@ -531,10 +563,10 @@ redirect_wait(struct redirected_receive *r, uint64_t deadline, bool timed, uint6
   volatile int waited = 0; /* the push may be a setjmp */
   int count = socket_wait_words(r->socket, true, false, words);
   pthread_cleanup_push(redirect_cancelled, r);
-  waited = wait_until(words, count, redirect_is_over, r, deadline, timed);
+  waited = wait_until(words, count, redirect_is_over, r, deadline, r->since, timed);
   pthread_cleanup_pop(0);
   redirect_end(r, true);
-  *arrived = redirect_consumed(r) - r->position;
+  *arrived = r->read;
   return waited;
 }
 
@@ -542,6 +574,7 @@ redirect_wait(struct redirected_receive *r, uint64_t deadline, bool timed, uint6
 
 struct receive { /* one call */
   struct vsocket *socket;
+  struct connection_wait wait;
   struct pieces to;
   size_t length, got;
   int flags;
@@ -582,11 +615,11 @@ static ssize_t receive_some(struct receive *r, uint64_t waiting) {
 /* Before the call sleeps: where a late byte may go straight to its place, that place is posted.  0, or what
  * ends the call: it could not take what waits.  receive_lock is held. */
 static ssize_t receive_prepare(struct receive *r, uint64_t waiting) {
-  if (r->flags & (MSG_PEEK | MSG_TRUNC)) return 0;
-  if (r->to.count == 1 && r->length) {
+  if (r->flags & MSG_PEEK) return 0;
+  if (r->to.count == 1 && r->length && !(r->flags & MSG_TRUNC)) {
     char *destination = (char *)r->to.vector->iov_base + r->to.offset;
     r->redirecting = redirect_post(r->socket, &r->redirect, destination, r->length - r->got,
-                                   receive_target(r));
+                                   receive_target(r), &r->wait, r->got);
   }
   if (!r->redirecting && (r->flags & MSG_WAITALL) && waiting) { /* the sender may need the room */
     size_t before = r->got;
@@ -610,6 +643,7 @@ static ssize_t receive_look(struct receive *r) {
 
 static bool can_receive(void *context) {
   struct receive *r = context;
+  if (connection_was_dissolved(r->socket, r->wait.dissolved)) return true;
   critical_lock(&r->socket->receive_lock);
   bool taken = r->socket->redirecting;
   critical_unlock(&r->socket->receive_lock);
@@ -622,13 +656,14 @@ static bool can_receive(void *context) {
 /* 0: look again; else the call's result when nothing was got. */
 static int receive_wait(struct receive *r, uint64_t deadline) {
   struct vsocket *s = r->socket;
-  bool timed = s->receive_timeout_ns != 0;
+  bool any_handler = r->got || s->receive_timeout_ns;
   if (!r->redirecting) {
     struct wait_word words[SOCKET_WORDS];
-    return wait_until(words, socket_wait_words(s, true, false, words), can_receive, r, deadline, timed);
+    return wait_until(words, socket_wait_words(s, true, false, words), can_receive, r, deadline, r->wait.since,
+                      any_handler);
   }
   uint64_t arrived;
-  int waited = redirect_wait(&r->redirect, deadline, timed, &arrived);
+  int waited = redirect_wait(&r->redirect, deadline, any_handler, &arrived);
   r->redirecting = false;
   r->got += arrived;
   r->to.offset += arrived;
@@ -640,26 +675,26 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
     return atomic_load_explicit(&s->phase, memory_order_relaxed) == SOCKET_LISTENING ? -ENOTCONN : -EINVAL;
   if (!connection_usable(s)) return -EBADF;
   socket_used(s);
-  struct receive r = { .socket = s, .to = { vector, count, 0 }, .flags = flags };
+  struct receive r = { .socket = s, .wait = connection_wait_begin(s), .to = { vector, count, 0 }, .flags = flags };
   r.length = pieces_length(vector, count);
   uint64_t deadline = 0; /* read from the clock only when it is needed */
   int late = -EAGAIN;
-  uint32_t dissolved = atomic_load_explicit(&s->dissolved, memory_order_relaxed);
   for (;;) {
     uint64_t target = receive_target(&r);
     size_t before = r.got;
     critical_lock(&s->receive_lock);
-    ssize_t n = connection_was_dissolved(s, dissolved) ? (r.got ? (ssize_t)r.got : -EPIPE) : receive_look(&r);
+    ssize_t n = connection_was_dissolved(s, r.wait.dissolved) ? (r.got ? (ssize_t)r.got : -EPIPE) : receive_look(&r);
     critical_unlock(&s->receive_lock);
     if (n != -EAGAIN) return n;
-    if (r.flags & MSG_DONTWAIT) return late;
+    if (r.flags & MSG_DONTWAIT) return r.got ? (ssize_t)r.got : late;
     if (!deadline) deadline = connection_deadline(s->receive_timeout_ns);
     bool redirected = r.redirecting;
     int waited = receive_wait(&r, deadline);
-    if (!r.length && !connection_was_dissolved(s, dissolved)) return 0; /* Linux: waits, whatever for, and looks no more */
+    if (!r.length && !connection_was_dissolved(s, r.wait.dissolved)) return 0; /* Linux: waits, whatever for, and looks no more */
     if (redirected && r.got - before >= target) return (ssize_t)r.got;
-    if (!waited) continue;
-    if (r.got) return (ssize_t)r.got;
+    bool stops = r.got && wait_interrupted(r.wait.since, true);
+    if (!waited && !stops) continue;
+    if (waited && r.got) return (ssize_t)r.got;
     /* Less than was waited for may be there: one more look, for anything. */
     r.flags |= MSG_DONTWAIT;
     late = waited == -ETIMEDOUT ? -EAGAIN : waited;

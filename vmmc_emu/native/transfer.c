@@ -183,22 +183,30 @@ void operation_forget(struct vmmc_endpoint *v, struct operation *o) {
 struct awaited {
   struct vmmc_endpoint *v;
   struct operation *operation;
+  uint32_t generation;
 };
+
+/* Another thread may have waited for it too, or forgotten it.  The lock is held. */
+static bool operation_is_over(const struct operation *o, uint32_t generation) {
+  return !o->used || o->forgotten || o->generation != generation;
+}
 
 static bool operation_is_finished(void *context) {
   struct awaited *awaited = context;
   pthread_mutex_lock(&awaited->v->lock);
   commands_advance(awaited->v);
-  bool finished = awaited->operation->finished;
+  bool finished = awaited->operation->finished || operation_is_over(awaited->operation, awaited->generation);
   pthread_mutex_unlock(&awaited->v->lock);
   return finished;
 }
 
-static int operation_wait(struct vmmc_endpoint *v, struct operation *o, int timeout_ms) {
-  struct awaited awaited = {v, o};
-  struct wait_word word = {&nic_header(v->endpoint)->wake_completion,
-                           &app_header(v->endpoint)->asleep_completion};
-  return call_wait(v, &word, 1, operation_is_finished, &awaited, timeout_ms);
+static int operation_wait(struct vmmc_endpoint *v, struct operation *o, uint32_t generation, int timeout_ms) {
+  struct awaited awaited = {v, o, generation};
+  struct wait_word words[] = {
+      {&nic_header(v->endpoint)->wake_completion, &app_header(v->endpoint)->asleep_completion},
+      {&v->notifier.changed, &v->notifier.asleep}, /* forgotten, by another thread */
+  };
+  return call_wait(v, words, 2, operation_is_finished, &awaited, timeout_ms);
 }
 
 int operation_run(struct vmmc_endpoint *v, const struct vmmc_command *command, int timeout_ms,
@@ -207,7 +215,7 @@ int operation_run(struct vmmc_endpoint *v, const struct vmmc_command *command, i
   struct operation *o = operation_begin(v, command);
   pthread_mutex_unlock(&v->lock);
   if (!o) return EAGAIN;
-  int error = operation_wait(v, o, timeout_ms);
+  int error = operation_wait(v, o, o->generation, timeout_ms);
   pthread_mutex_lock(&v->lock);
   if (error) {
     operation_forget(v, o);
@@ -266,10 +274,12 @@ static struct operation *transfer_begin(struct vmmc_endpoint *v, uint32_t op, ui
   return o;
 }
 
-static int transfer_finish(struct vmmc_endpoint *v, struct operation *o, int timeout_ms, bool once) {
-  int error = operation_wait(v, o, timeout_ms);
+static int transfer_finish(struct vmmc_endpoint *v, struct operation *o, uint32_t generation, int timeout_ms, bool once) {
+  int error = operation_wait(v, o, generation, timeout_ms);
   pthread_mutex_lock(&v->lock);
-  if (!error) {
+  if (!error && operation_is_over(o, generation)) {
+    error = EINVAL;
+  } else if (!error) {
     error = o->error;
     operation_end(v, o);
   } else if (once) {
@@ -286,13 +296,13 @@ static int64_t transfer_post(struct vmmc_endpoint *v, struct operation *o) {
 int vmmc_send(struct vmmc_endpoint *v, uint32_t import_id, const void *source, uint64_t length,
               uint64_t remote_offset, uint32_t flags, uint32_t tag, int timeout_ms) {
   struct operation *o = transfer_begin(v, VMMC_OP_SEND, import_id, source, length, remote_offset, flags, tag);
-  return o ? transfer_finish(v, o, timeout_ms, true) : -1;
+  return o ? transfer_finish(v, o, o->generation, timeout_ms, true) : -1;
 }
 
 int vmmc_fetch(struct vmmc_endpoint *v, uint32_t import_id, void *destination, uint64_t length,
                uint64_t remote_offset, int timeout_ms) {
   struct operation *o = transfer_begin(v, VMMC_OP_FETCH, import_id, destination, length, remote_offset, 0, 0);
-  return o ? transfer_finish(v, o, timeout_ms, true) : -1;
+  return o ? transfer_finish(v, o, o->generation, timeout_ms, true) : -1;
 }
 
 int64_t vmmc_post_send(struct vmmc_endpoint *v, uint32_t import_id, const void *source, uint64_t length,
@@ -311,8 +321,9 @@ int vmmc_wait(struct vmmc_endpoint *v, int64_t transfer, int timeout_ms) {
   if (!call_begin(v)) return -1;
   pthread_mutex_lock(&v->lock);
   struct operation *o = transfer_find(v, transfer);
+  uint32_t generation = o ? o->generation : 0;
   pthread_mutex_unlock(&v->lock);
-  return o ? transfer_finish(v, o, timeout_ms, false) : fail(EINVAL);
+  return o ? transfer_finish(v, o, generation, timeout_ms, false) : fail(EINVAL);
 }
 
 int vmmc_forget(struct vmmc_endpoint *v, int64_t transfer) {
@@ -320,6 +331,7 @@ int vmmc_forget(struct vmmc_endpoint *v, int64_t transfer) {
   pthread_mutex_lock(&v->lock);
   struct operation *o = transfer_find(v, transfer);
   if (o) operation_forget(v, o);
+  if (o) notify_changed(v);
   pthread_mutex_unlock(&v->lock);
   return o ? 0 : fail(EINVAL);
 }

@@ -97,7 +97,7 @@ int call_wait(struct vmmc_endpoint *v, const struct wait_word *words, int count,
   struct wait_word all[4] = {{&v->ended, &v->asleep}};
   for (int i = 0; i < count && i < 3; i++) all[i + 1] = words[i];
   uint64_t deadline = timeout_ms < 0 ? WAIT_FOREVER : vmmc_now_ns() + (uint64_t)timeout_ms * 1000000u;
-  int error = wait_until(all, count + 1, call_is_over, &call, deadline, timeout_ms >= 0);
+  int error = wait_until(all, count + 1, call_is_over, &call, deadline, wait_signals_now(), timeout_ms >= 0);
   return error ? -error : call_outcome(&call);
 }
 

@@ -100,7 +100,7 @@ struct notifier {
   pthread_t thread;
   int32_t running;                /* export whose handler it is calling, -1: none */
   pthread_cond_t ran;             /* signalled when running becomes -1 */
-  _Atomic uint32_t changed;       /* raised when handlers were added: the thread sleeps on it too */
+  _Atomic uint32_t changed;       /* raised when this process changed what sleepers look at */
   _Atomic uint32_t asleep;        /* nobody reads it: every change wakes */
 };
 
@@ -172,7 +172,9 @@ struct vmmc_redirected redirect_withdraw(struct vmmc_endpoint *v, uint32_t expor
 void notify_start(struct vmmc_endpoint *v);
 int notify_stop(struct vmmc_endpoint *v);                        /* 0 or EDEADLK; without the lock */
 void notify_drop(struct vmmc_endpoint *v, uint32_t export_id);   /* those not taken; the lock is held */
-struct wait_word notify_word(const struct vmmc_endpoint *v);
+/* What a wait for notifications, for arrivals, or for what this process may change sleeps on; how many words. */
+int notify_words(struct vmmc_endpoint *v, struct wait_word words[2]);
+void notify_changed(struct vmmc_endpoint *v); /* something else than the NIC changed what sleepers look at */
 
 /* ---- parts of the segments ---- */
 static inline struct vmmc_app_export *app_export(const struct vmmc_endpoint *v, uint32_t id) {

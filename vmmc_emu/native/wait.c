@@ -38,9 +38,9 @@ struct wait_signals wait_signals_now(void) {
                                 atomic_load_explicit(&wait_thread.signals_no_restart, memory_order_relaxed) };
 }
 
-bool wait_interrupted(struct wait_signals since, bool timed_call) {
+bool wait_interrupted(struct wait_signals since, bool any_handler) {
   struct wait_signals now = wait_signals_now();
-  return timed_call ? now.signals != since.signals : now.no_restart != since.no_restart;
+  return any_handler ? now.signals != since.signals : now.no_restart != since.no_restart;
 }
 
 /* A sleep that is under way, for the case that the thread is cancelled in it. */
@@ -97,7 +97,7 @@ static void count_sleep(void) {
  * Not inlined: pthread_cleanup_push may be a setjmp, after which only volatile locals keep their values. */
 __attribute__((noinline)) static int
 sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void *context,
-           struct wait_signals since, uint64_t deadline_ns, bool timed_call) {
+           struct wait_signals since, uint64_t deadline_ns, bool any_handler) {
   struct waiter waiters[WORDS_MAX + 1];
   struct sleep sleep = { words, count };
   volatile int result = 0;
@@ -111,7 +111,7 @@ sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void
   for (int i = 0; i < count; i++)
     waiters[i] = (struct waiter){ atomic_load(words[i].word), (uintptr_t)words[i].word, WAITER_32, 0 };
   waiters[count] = (struct waiter){ signals, (uintptr_t)&wait_thread.signals, WAITER_32 | WAITER_PRIVATE, 0 };
-  if (!ready(context) && !wait_interrupted(since, timed_call)) {
+  if (!ready(context) && !wait_interrupted(since, any_handler)) {
     count_sleep();
     /* As a blocking call of libc's: pthread_cancel ends the sleep, and nothing else in here. */
     pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, &old_type);
@@ -124,16 +124,15 @@ sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void
 }
 
 int wait_until(const struct wait_word *words, int count, bool (*ready)(void *context), void *context,
-               uint64_t deadline_ns, bool timed_call) {
-  struct wait_signals since = wait_signals_now();
+               uint64_t deadline_ns, struct wait_signals since, bool any_handler) {
   vmmc_idle_begin(&wait_thread.idle);
   for (;;) {
     if (ready(context)) return 0;
-    if (wait_interrupted(since, timed_call)) return -EINTR;
+    if (wait_interrupted(since, any_handler)) return -EINTR;
     if (deadline_ns != WAIT_FOREVER && vmmc_now_ns() >= deadline_ns) return -ETIMEDOUT;
     if (vmmc_idle_poll(&wait_thread.idle)) continue;
     uint32_t before = atomic_load_explicit(&wait_thread.signals, memory_order_relaxed);
-    int result = sleep_once(words, count, ready, context, since, deadline_ns, timed_call);
+    int result = sleep_once(words, count, ready, context, since, deadline_ns, any_handler);
     vmmc_idle_woken(&wait_thread.idle);
     /* Where handlers are counted the counts decide; where they are not, the kernel does. */
     if (result == -EINTR && before == atomic_load_explicit(&wait_thread.signals, memory_order_relaxed))

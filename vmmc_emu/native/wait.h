@@ -91,6 +91,12 @@ static inline void wait_undo_pop(const struct wait_undo *record) {
   atomic_signal_fence(memory_order_seq_cst); /* not twice: what it speaks of is given back after this */
 }
 
+/* Snapshot of the signal words, taken on entry of a call, and the test whether a handler that interrupts it ran
+ * since then: also while it was not waiting, or between two waits. */
+struct wait_signals { uint32_t signals, no_restart; };
+struct wait_signals wait_signals_now(void);
+bool wait_interrupted(struct wait_signals since, bool any_handler);
+
 /* What a wait looks at: its NIC-written word and the count of sleepers that the NIC reads. */
 struct wait_word {
   const _Atomic uint32_t *word;
@@ -101,20 +107,13 @@ struct wait_word {
 
 /*
  * Waits until ready(context) returns true: looks, polls a little, then sleeps on the words (1..16).
- * deadline_ns: CLOCK_MONOTONIC, WAIT_FOREVER for none.  timed_call: the call has a timeout of the
- * program's (SO_RCVTIMEO, poll), so that any handler interrupts it (as Linux does).
- * The program's locks must not be held.
+ * deadline_ns: CLOCK_MONOTONIC, WAIT_FOREVER for none.  since: when the call began.  any_handler: not only
+ * one without SA_RESTART interrupts it: as on Linux, where the call has a timeout of the program's
+ * (SO_RCVTIMEO, poll) or has moved bytes already.  The program's locks must not be held.
  * 0: ready; -ETIMEDOUT; -EINTR: a handler ran that does not restart the call.
  */
 int wait_until(const struct wait_word *words, int count, bool (*ready)(void *context), void *context,
-               uint64_t deadline_ns, bool timed_call);
-
-/* Snapshot of the signal words, to be taken on entry of a call, and the test whether since then a
- * handler ran that interrupts it. wait_until takes its own; readiness code that sleeps in the kernel
- * uses these. */
-struct wait_signals { uint32_t signals, no_restart; };
-struct wait_signals wait_signals_now(void);
-bool wait_interrupted(struct wait_signals since, bool timed_call);
+               uint64_t deadline_ns, struct wait_signals since, bool any_handler);
 
 VMMC_INTERNAL_END
 

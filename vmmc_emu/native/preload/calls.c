@@ -40,6 +40,7 @@ static ssize_t received(struct file *f, const struct iovec *vector, int count, i
   ssize_t result;
   {
     HOLDING(f);
+    pthread_testcancel(); /* where nothing has to be waited for as well */
     result = socket_receive(f->socket, vector, count, flags_of(f, flags));
   }
   if (result >= 0) return result;
@@ -52,6 +53,7 @@ static ssize_t sent(struct file *f, const struct iovec *vector, int count, int f
   ssize_t result;
   {
     HOLDING(f);
+    pthread_testcancel();
     result = socket_send(f->socket, vector, count, flags_of(f, flags));
   }
   if (result >= 0) return result;

@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 
@@ -14,6 +13,7 @@
 #include "readiness.h"
 #include "real.h"
 #include "setup.h"
+#include "sys.h"
 
 _Atomic(descriptor_entry *) descriptor_table[DESCRIPTOR_CHUNKS];
 struct file file_forked = {.kind = FILE_FORKED};
@@ -56,7 +56,7 @@ struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instan
   f->next_free = NULL;
   atomic_store_explicit(&f->nonblocking, 0, memory_order_relaxed);
   if (socket) {
-    socket->readiness = f;
+    atomic_store_explicit(&socket->readiness, f, memory_order_release);
     atomic_fetch_add_explicit(&open_sockets, 1, memory_order_relaxed);
     process_watch_forks();
   }
@@ -66,6 +66,14 @@ struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instan
 
 void file_hold(struct file *f) {
   if (f != &file_forked) atomic_fetch_add_explicit(&f->holds, 1, memory_order_relaxed);
+}
+
+bool file_try_hold(struct file *f) {
+  uint32_t holds = atomic_load_explicit(&f->holds, memory_order_relaxed);
+  while (holds && !atomic_compare_exchange_weak_explicit(&f->holds, &holds, holds + 1, memory_order_acquire,
+                                                         memory_order_relaxed)) {
+  }
+  return holds != 0;
 }
 
 void file_put(struct file *f) {
@@ -102,11 +110,7 @@ struct file *descriptor_hold(int fd) {
   for (;;) {
     struct file *f = descriptor_peek(fd);
     if (!f || f == &file_forked) return f;
-    uint32_t holds = atomic_load_explicit(&f->holds, memory_order_relaxed);
-    while (holds && !atomic_compare_exchange_weak_explicit(&f->holds, &holds, holds + 1, memory_order_acquire,
-                                                           memory_order_relaxed)) {
-    }
-    if (!holds) continue; /* closed between the two looks: the entry has changed */
+    if (!file_try_hold(f)) continue; /* closed between the two looks: the entry has changed */
     if (descriptor_peek(fd) == f) return f;
     file_put(f); /* the number was given to another file meanwhile */
   }
@@ -173,13 +177,14 @@ static int base_open(void) {
   if (fd < 0) return -1;
   /* The pid is for people who look at /proc/net/unix; the random part keeps pid namespaces apart. */
   uint64_t random = 0;
-  if (getrandom(&random, sizeof random, 0) < 0) random = vmmc_now_ns();
+  /* Not the C library's: that is a cancellation point, and we have a lock. */
+  if (sys_call(SYS_getrandom, (long)&random, sizeof random, 0, 0, 0, 0) < 0) random = vmmc_now_ns();
   int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "%s%d.%016llx", base_name + 1, getpid(),
                         (unsigned long long)random);
   if (REAL(bind)(fd, (struct sockaddr *)&name, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + length)) < 0 ||
       REAL(listen)(fd, 0) < 0) {
     int error = errno;
-    REAL(close)(fd);
+    sys_close(fd);
     errno = error;
     return -1;
   }
@@ -245,13 +250,16 @@ INTERPOSE int close(int fd) {
     return REAL(close)(fd);
   }
   if (descriptor_is_borrowed()) return REAL(close)(fd);
+  pthread_testcancel(); /* here, and not once the entry is gone */
   /* The entry goes first: once the kernel has the number back, another thread may be given it. */
   descriptor_entry *entry = entry_of(fd);
   struct file *f = atomic_exchange_explicit(entry, NULL, memory_order_acq_rel);
   if (f && __builtin_expect(fd < STANDARD_STREAMS, 0)) streams_follow(fd);
-  int result = REAL(close)(fd);
+  int error = sys_close(fd);
   if (f) file_put(f);
-  return result;
+  if (!error) return 0;
+  errno = -error;
+  return -1;
 }
 int __close(int fd) __attribute__((alias("close"), visibility("default")));
 
@@ -261,7 +269,7 @@ static int duplicated(int fresh, struct file *f) {
   int error = errno;
   if (f) file_put(f);
   if (fresh >= 0 && f) {
-    REAL(close)(fresh);
+    sys_close(fresh);
     fresh = -1;
   }
   errno = error;

@@ -54,15 +54,18 @@ static inline struct file *file_get(int fd) {
   return __builtin_expect(descriptor_peek(fd) == NULL, 1) ? NULL : descriptor_hold(fd);
 }
 
+void file_put(struct file *f); /* keeps errno */
+
 /* The same for calls that know sockets only: an epoll descriptor is the kernel's to them. */
 static inline struct file *socket_get(int fd) {
-  struct file *f = descriptor_peek(fd);
-  if (__builtin_expect(f == NULL, 0) || f->kind == FILE_EPOLL) return NULL;
-  return descriptor_hold(fd);
+  struct file *f = __builtin_expect(descriptor_peek(fd) == NULL, 0) ? NULL : descriptor_hold(fd);
+  if (__builtin_expect(f == NULL || f->kind != FILE_EPOLL, 1)) return f;
+  file_put(f);
+  return NULL;
 }
 
 void file_hold(struct file *f);
-void file_put(struct file *f); /* keeps errno */
+bool file_try_hold(struct file *f); /* not when nobody else holds it any more */
 
 /* Runs undo(context) at the end of the block, also when the thread is cancelled in it or leaves it by longjmp. */
 static inline void undo_at_end(struct wait_undo *record) {

@@ -118,7 +118,10 @@ INTERPOSE int epoll_ctl(int epoll_fd, int operation, int fd, struct epoll_event 
   } else if (!f || f->kind == FILE_EPOLL || epoll == f) {
     result = REAL(epoll_ctl)(epoll_fd, operation, fd, event);
     if (result == 0 && epoll && epoll->kind == FILE_EPOLL) {
-      if (operation == EPOLL_CTL_ADD) atomic_fetch_add(&epoll->set->kernel_members, 1);
+      if (operation == EPOLL_CTL_ADD) {
+        atomic_fetch_add(&epoll->set->kernel_members, 1);
+        set_kick(epoll->set); /* who sleeps on its sockets alone */
+      }
       if (operation == EPOLL_CTL_DEL) atomic_fetch_sub(&epoll->set->kernel_members, 1);
       /* A set within a set: the kernel has its kernel part, its sockets are ours to report. */
       if (f) change_socket(epoll->set, epoll_fd, operation, fd, f, event);
@@ -183,6 +186,7 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
   vmmc_idle_begin(idle);
   bool everything = deadline_ns == 0, waited_for_nic = false;
   for (unsigned round = 1;; round++) {
+    uint32_t kicks = atomic_load(&set->kicks); /* before the look at what to sleep on */
     bool kernel = has_kernel_part(set, epoll_fd);
     /* While it polls, what only the kernel has may wait for a few looks; a sleep ends for both sides. */
     if (everything || round % KERNEL_LOOK == 0 || set_stirs(set)) {
@@ -204,7 +208,7 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
     everything = false;
     if (vmmc_idle_poll(idle)) continue;
     struct pollfd in_kernel[2] = {{.fd = epoll_fd, .events = POLLIN}};
-    set_sleep(set, kernel ? in_kernel : NULL, 1, deadline_ns, since);
+    set_sleep(set, kernel ? in_kernel : NULL, 1, kicks, deadline_ns, since);
     vmmc_idle_woken(idle);
     everything = true;
   }

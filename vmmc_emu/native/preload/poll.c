@@ -22,6 +22,7 @@ struct look {
   struct file **files;   /* of each entry, held; NULL: the kernel's */
   struct pollfd *kernel; /* the kernel's part, entries of ours with -1; room for one more */
   nfds_t ours, theirs, nested;
+  uint32_t dissolved; /* connections of ours that were given up before the look, in all: see own_words */
   bool tells_closed; /* poll: of a number that was closed meanwhile; select knows no such answer */
 };
 
@@ -65,12 +66,25 @@ static int look_at_kernel(struct look *look) {
   return ready;
 }
 
-static bool any_of_ours(void *context) { return look_at_ours(context) != 0; }
+/* Who gives a connection up may make another: in another slot, whose words are not those that are slept on. */
+static uint32_t dissolved(const struct look *look) {
+  uint32_t sum = 0;
+  for (nfds_t i = 0; i < look->count; i++)
+    if (look->files[i] && look->files[i]->kind == FILE_SOCKET)
+      sum += atomic_load_explicit(&look->files[i]->socket->dissolved, memory_order_relaxed);
+  return sum;
+}
+
+static bool any_of_ours(void *context) {
+  struct look *look = context;
+  return look_at_ours(look) != 0 || dissolved(look) != look->dissolved;
+}
 
 /* Few sockets and nothing else: sleeps on their own words.  False: they do not fit. */
 static bool own_words(struct look *look, struct wait_word *words, int *count) {
   *count = 0;
   if (look->theirs || look->nested) return false;
+  look->dissolved = dissolved(look);
   for (nfds_t i = 0; i < look->count; i++) {
     if (!look->files[i]) continue;
     if (look->files[i] == &file_forked || *count + SOCKET_WORDS > WORDS) return false;
@@ -116,8 +130,9 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
   int ready = look_at_ours(look);
   if ((ready || deadline_ns == 0) && endpoint_let_nic_look(&wait_self()->idle)) ready = look_at_ours(look);
   if (ready || deadline_ns == 0) return look_at_kernel(look);
-  if (!masked && own_words(look, words, &word_count)) {
-    int result = wait_until(words, word_count, any_of_ours, look, deadline_ns, true);
+  while (!masked && own_words(look, words, &word_count)) {
+    int result = wait_until(words, word_count, any_of_ours, look, deadline_ns, since, true);
+    if (result == 0 && !look_at_ours(look)) continue;
     if (result == 0) return look_at_kernel(look);
     for (nfds_t i = 0; i < look->count; i++) look->set[i].revents = 0;
     if (result == -ETIMEDOUT) return 0;
@@ -155,7 +170,7 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
       round = UINT_MAX;
       continue;
     }
-    set_sleep(set, look->theirs ? look->kernel : NULL, look->count, deadline_ns, since);
+    set_sleep(set, look->theirs ? look->kernel : NULL, look->count, atomic_load(&set->kicks), deadline_ns, since);
     set_clear_list(set);
     vmmc_idle_woken(idle);
     round = UINT_MAX;

@@ -201,18 +201,21 @@ static void waker_drain(int w) {
 
 /* Wakes sleepers of the set for something that no NIC tells them of: one, or all. */
 static void kick(struct instance *set, int count) {
-  if (!atomic_load(&set->sleepers)) return;
+  /* Before the look for sleepers: one that is about to announce itself finds it changed. */
   atomic_fetch_add(&set->kicks, 1);
+  if (!atomic_load(&set->sleepers)) return;
   long woken = REAL(syscall)(SYS_futex, &set->kicks, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
   uint64_t one = 1;
   for (uint64_t left = atomic_load(&set->wakers); left && woken < count; left &= left - 1, woken++)
     (void)!REAL(syscall)(SYS_write, atomic_load(&wakers.fd[__builtin_ctzll(left)]) - 1, &one, sizeof one);
 }
 
+void set_kick(struct instance *set) { kick(set, INT_MAX); }
+
 /* Something is left for others to report. */
 static void pass_on(struct instance *set) {
   atomic_thread_fence(memory_order_seq_cst); /* listed before the look for sleepers, who look the other way round */
-  if (atomic_load(&set->listed)) kick(set, 1);
+  if (atomic_load(&set->listed) && atomic_load(&set->sleepers)) kick(set, 1);
 }
 
 static void raise_item(struct item *item, bool with_kick, int depth) {
@@ -261,14 +264,11 @@ static void take_ring(struct endpoint *e) { /* with routes held */
     /* seq_cst: taken before anybody reads the socket's state, so that a change after that reading finds
      * no untaken entry and enters it again. */
     atomic_store(&app->events_taken, ++taken);
-    struct vsocket *s = socket_of_slot(e, slot);
-    if (!s) continue;
-    struct file *f = s->readiness;
+    struct file *f = socket_readiness_of_slot(e, slot); /* not held: its items are ours to look at while we have routes */
     /* Without a kick: the NIC has woken one of the set's sleepers, or a sleeper's last look (under routes) will
      * see the list.  Where sets share a group it may have been just before they did: then it woke any one. */
     if (f)
       for (struct item *i = f->items; i; i = i->file_next) set_raise(i, group_users[i->set->group] > 1);
-    socket_release(s);
   }
   /* The NIC enters no more events: all sockets have one now. */
   if (!end_is_news(e)) return;
@@ -443,7 +443,7 @@ static void set_awake(void *sleeper) {
   if (!s->returns) pass_on(s->set);
 }
 
-void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64_t deadline_ns,
+void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint32_t kicks, uint64_t deadline_ns,
                struct wait_signals since) {
   struct pollfd none[1];
   struct endpoint *e = endpoint_current();
@@ -453,7 +453,8 @@ void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64
   int waker = on_words ? -1 : waker_take(e);
 
   /* Announce, then look for the last time; the NIC changes, then looks for sleepers: both seq_cst. */
-  uint32_t value = word ? atomic_load(word) : 0, kicks = atomic_load(&set->kicks);
+  uint32_t value = word ? atomic_load(word) : 0;
+  critical_begin(); /* no handler that leaves by longjmp between the announcement and its record */
   atomic_fetch_add(&set->sleepers, 1);
   if (waker >= 0) {
     atomic_fetch_or(&set->wakers, 1ull << waker);
@@ -463,7 +464,8 @@ void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64
   }
   struct set_sleeper sleeper = {set, group, waker, false};
   AT_END(awake, set_awake, &sleeper);
-  if (!set_look(set) && !wait_interrupted(since, true)) {
+  critical_end();
+  if (!set_look(set) && !wait_interrupted(since, true) && atomic_load(&set->kicks) == kicks) {
     if (e) atomic_fetch_add_explicit(&app_header(e)->counters.app_sleeps, 1, memory_order_relaxed);
     if (on_words) wait_on_words(set, word, value, kicks, deadline_ns, since);
     else wait_in_poll(kernel ? kernel : none, kernel ? count : 0, deadline_ns, since, waker);
@@ -475,7 +477,7 @@ void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64
 
 void readiness_forget(struct file *f) {
   if (f->kind == FILE_SOCKET) {
-    f->socket->readiness = NULL;
+    atomic_store_explicit(&f->socket->readiness, NULL, memory_order_relaxed);
     if (!f->items) return;
   }
   routes_take();
@@ -483,7 +485,7 @@ void readiness_forget(struct file *f) {
   if (f->kind == FILE_EPOLL) set_remove_all(f->set);
   routes_release();
   if (f->kind == FILE_EPOLL) {
-    if (f->set->kick_fd >= 0) REAL(syscall)(SYS_close, f->set->kick_fd);
+    if (f->set->kick_fd >= 0) endpoint_private_close(f->set->kick_fd);
     set_free(f->set);
   }
 }
@@ -501,7 +503,7 @@ struct epoll_move *readiness_leave(struct file *f) {
   routes_take();
   while (f->items) {
     struct item *i = f->items;
-    struct epoll_move *m = i->set->file ? malloc(sizeof *m) : NULL;
+    struct epoll_move *m = i->set->file && file_try_hold(i->set->file) ? malloc(sizeof *m) : NULL;
     if (m) {
       *m = (struct epoll_move){moved, i->set, i->fd, {i->disabled ? 0 : i->events, i->data}};
       moved = m;
@@ -527,8 +529,11 @@ void readiness_join_kernel(struct epoll_move *moved) {
     moved = m->next;
     struct number_of epoll = {m->set->file, -1};
     descriptor_walk(0, UINT32_MAX, find_number, &epoll);
-    if (epoll.fd >= 0 && REAL(epoll_ctl)(epoll.fd, EPOLL_CTL_ADD, m->fd, &m->event) == 0)
+    if (epoll.fd >= 0 && REAL(epoll_ctl)(epoll.fd, EPOLL_CTL_ADD, m->fd, &m->event) == 0) {
       atomic_fetch_add(&m->set->kernel_members, 1);
+      set_kick(m->set);
+    }
+    file_put(epoll.file);
     free(m);
   }
 }

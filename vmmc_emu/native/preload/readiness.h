@@ -96,9 +96,13 @@ bool set_stirs(struct instance *set);
 int set_harvest(struct instance *set, struct epoll_event *events, int room);
 void set_clear_list(struct instance *set);
 
+/* This process changed what the set's sleepers sleep on: they look at it again. */
+void set_kick(struct instance *set);
+
 /* Sleeps until an item may be ready, one of the `count` kernel descriptors is (kernel has room for one
- * more; NULL: none), the deadline is over, or a handler ran since `since`. */
-void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint64_t deadline_ns,
+ * more; NULL: none), the deadline is over, a handler ran since `since`, or the set was kicked since `kicks`
+ * was read: before the caller decided what to sleep on. */
+void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint32_t kicks, uint64_t deadline_ns,
                struct wait_signals since);
 
 /* Called by signal handlers' wrapper: a thread that is about to sleep in the kernel's poll does not. */

@@ -17,6 +17,7 @@
 #include "process.h"
 #include "readiness.h"
 #include "real.h"
+#include "sys.h"
 
 #ifndef IPPROTO_MPTCP
 #define IPPROTO_MPTCP 262
@@ -60,7 +61,7 @@ static int number_for(struct vsocket *s, int fd, int flags) {
   int error = errno;
   if (f) file_put(f);
   else socket_close(s), socket_release(s);
-  REAL(close)(fd);
+  sys_close(fd);
   errno = error;
   return -1;
 }
@@ -73,7 +74,7 @@ INTERPOSE int socket(int domain, int type, int protocol) {
   if (fd < 0) return -1;
   struct vsocket *s = socket_new(domain);
   if (s) return number_for(s, fd, type);
-  REAL(close)(fd);
+  sys_close(fd);
   errno = ENOMEM;
   return -1;
 }
@@ -148,7 +149,7 @@ static int become_kernel(struct file *f) {
     readiness_join_kernel(moved);
     error = r.error;
   }
-  REAL(close)(fd);
+  sys_close(fd);
   errno = error;
   return error ? -1 : 0;
 }
@@ -258,13 +259,13 @@ static int connect_call(int fd, const struct sockaddr *given, socklen_t length) 
     int result = become_kernel(f);
     return finish(f, result < 0 ? -errno : 0) < 0 ? -1 : REAL(connect)(fd, address, length);
   }
-  bool watched = f->items != NULL;
-  /* What is watched while it connects: it stops being "hung up" when the request is under way. */
   int result;
   {
     HOLDING(f);
     result = socket_connect(f->socket, address, length, atomic_load(&f->nonblocking));
-    if (watched) readiness_changed(f);
+    /* It stops being "hung up" when the request is under way, and has no slot that events could tell of when it
+     * failed: also for who watches it only since. */
+    readiness_changed(f);
   }
   if (result >= 0) return result;
   errno = -result;
@@ -277,7 +278,7 @@ int __connect(int fd, const struct sockaddr *address, socklen_t length)
     __attribute__((alias("connect"), visibility("default")));
 
 static void close_number(void *number) {
-  if (*(int *)number >= 0) REAL(close)(*(int *)number);
+  if (*(int *)number >= 0) sys_close(*(int *)number);
 }
 
 /* f stays the caller's. The new number or -errno. */
@@ -363,6 +364,9 @@ INTERPOSE int setsockopt(int fd, int level, int name, const void *value, socklen
   if ((int32_t)length > 0 && !take_option(taken, level, name, value, length)) return finish(f, -EFAULT);
   int result = socket_setsockopt(f->socket, level, name, taken, length);
   uint32_t phase = atomic_load(&f->socket->phase);
+  /* There may be room now, or enough to read. */
+  if (result == 0 && level == SOL_SOCKET && (name == SO_SNDBUF || name == SO_SNDBUFFORCE || name == SO_RCVLOWAT))
+    readiness_changed(f);
   if (result == 0 && length <= 64 && (phase == SOCKET_NEW || phase == SOCKET_BOUND))
     remember_option(f, level, name, taken, length);
   return finish(f, result);
