@@ -227,7 +227,8 @@ DIFFERENCES: dict[str, tuple[list[list[Any]], Any, Any]] = {
 # Nor is asked here: sizes of buffers (how much a full socket took, when a half empty one is writable again,
 # SO_SNDBUF, SO_RCVBUF), what MSG_MORE and TCP_CORK hold back (TCP for 0.2 s, VMMC nothing), sending urgent
 # data (EOPNOTSUPP), TCP_INFO but for the state, a socket that connects to itself, and a blocking receive of
-# 0 bytes (which on Linux ends with whatever happens).  Nor for ports in TIME_WAIT, which a node does not have.
+# 0 bytes (which on Linux ends with whatever happens).  Nor for ports in
+# TIME_WAIT, which a node does not have.
 
 
 def on_purpose(what: list[Any], kernel: Any, node: Any, before: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Corners of stream sockets: one program over the kernel and on a node; who reaches loopback addresses."""
+"""Corners of stream sockets: programs over the kernel and on a node; who reaches loopback addresses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import pytest
 
 from vmmc_emu import Cluster
 
-CASES = (
+CORNERS = (
     "closed_while_asleep", "closed_while_accepting", "closed_in_epoll", "large_numbers", "lingers",
     "lingers_in_vain", "many_pieces", "many_messages", "files", "shared_port", "ended_by_a_third",
     "ended_in_a_race", "many_sleepers", "streams", "over_stdio", "all_closed", "urgent",
 )  # fmt: skip
+MEANWHILE = (
+    "kernel_member_added", "cancelled", "handlers", "thrown_away", "watched_since_connecting", "numbers",
+    "low_water", "given_up",
+)  # fmt: skip
+CASES = [("corners", case) for case in CORNERS] + [("meanwhile", case) for case in MEANWHILE]
 ON_PURPOSE = "not as the kernel:"  # what a case prints before what differs
 URGENT = [  # urgent data is refused, by each call that could send it, and nothing of it arrives
     *3 * ["-1 EOPNOTSUPP"],
@@ -23,15 +28,18 @@ URGENT = [  # urgent data is refused, by each call that could send it, and nothi
 ]
 
 
-def test_every_case_is_listed(program: Callable[..., str]) -> None:
-    listed = subprocess.run([program("corners")], capture_output=True, text=True, check=True)
-    assert tuple(listed.stdout.split()) == CASES
+@pytest.mark.parametrize(("name", "cases"), [("corners", CORNERS), ("meanwhile", MEANWHILE)])
+def test_every_case_is_listed(name: str, cases: tuple[str, ...], program: Callable[..., str]) -> None:
+    listed = subprocess.run([program(name)], capture_output=True, text=True, check=True)
+    assert tuple(listed.stdout.split()) == cases
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("case", CASES)
-def test_same_as_the_kernel(case: str, two_nodes: Cluster, program: Callable[..., str]) -> None:
-    command = [program("corners"), case]
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_same_as_the_kernel(
+    name: str, case: str, two_nodes: Cluster, program: Callable[..., str]
+) -> None:
+    command = [program(name), case]
     kernel = subprocess.run(
         command, input="1 early line\n", capture_output=True, text=True, timeout=60, check=False
     )
@@ -43,6 +51,14 @@ def test_same_as_the_kernel(case: str, two_nodes: Cluster, program: Callable[...
     same, _, differs = node.stdout.partition(ON_PURPOSE)
     assert same.splitlines() == kernel.stdout.partition(ON_PURPOSE)[0].splitlines()
     assert [line.rpartition(": ")[2] for line in differs.splitlines()[1:]] == (URGENT if differs else [])
+
+
+def test_given_up_with_its_address_posted(two_nodes: Cluster, program: Callable[..., str]) -> None:
+    """The same where the NIC writes into the program's own memory."""
+    command = [program("meanwhile"), "given_up"]
+    kernel = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    node = two_nodes.node(0).run(command, env={"VMMC_REDIRECT_ORDINARY": "1"}, timeout=60, check=True)
+    assert node.stdout.splitlines() == kernel.stdout.splitlines()
 
 
 LISTENER = """

@@ -386,13 +386,12 @@ static void abandon(struct vsocket *s, uint32_t bits) {
   critical_lock(&s->send_lock);
   critical_lock(&s->receive_lock);
   s->shut = 0;
+  if (s->generation) stream_give_up(s);
   if (!s->bound_address) s->local = wildcard(s->family, s->local.port); /* Linux tells of the port still */
   atomic_fetch_add(&s->dissolved, 1);
   /* Before the NIC hears of it, which wakes whoever waits for readiness. */
   atomic_store_explicit(&s->phase, s->bound ? SOCKET_BOUND : SOCKET_NEW, memory_order_release);
   if (s->generation) {
-    /* A receive that has its address posted finds that out, and waits until nothing can be written there. */
-    if (s->redirecting) atomic_store(&app_slot(s->endpoint, s->slot)->post, 0);
     slot_leave(s, bits);
     slot_give_back(s);
   }

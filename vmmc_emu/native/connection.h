@@ -43,6 +43,10 @@ uint64_t connection_unsent(const struct vsocket *s);
 /* Bytes of which it is not known yet that the peer's NIC has them.  Who asks is told soon: ask again. */
 uint64_t connection_unacknowledged(struct vsocket *s);
 
+/* Before a connection is given up: a receive that has its address posted has what came until now (stream.c).
+ * receive_lock is held. */
+void stream_give_up(struct vsocket *s);
+
 /* The program leaves the connection: VMMC_CLOSED, and VMMC_ABORT where it is to be reset and is not over. */
 uint32_t connection_leave(struct vsocket *s, bool reset);
 

@@ -80,7 +80,8 @@ struct vsocket *socket_new(int family) {
   s->readiness = NULL;
   memset(&s->local, 0, sizeof s->local);
   memset(&s->peer, 0, sizeof s->peer);
-  s->bound = s->bound_address = s->control_busy = s->redirecting = false;
+  s->bound = s->bound_address = s->control_busy = false;
+  s->redirecting = NULL;
   s->closing = s->ended = s->shut = s->shutdowns = s->dissolved = s->local_asleep = 0;
   s->request = 0;
   s->low_water = 1;

@@ -69,7 +69,7 @@ struct vsocket {
   uint64_t rung;                      /* `consumed` when the NIC was last told (receive_lock) */
   uint64_t outstanding;               /* most bytes ever seen waiting in the default buffer (receive_lock) */
   _Atomic uint64_t full_at;           /* `limit` when the socket was last found full: for edges */
-  bool redirecting;                   /* a receive has a redirection posted (receive_lock) */
+  struct redirected_receive *redirecting; /* the receive that has its address posted, or NULL (receive_lock) */
   int32_t kept[28];                   /* options that are accepted and given back: options.c */
 };
 

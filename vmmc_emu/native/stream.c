@@ -423,7 +423,7 @@ static bool redirect_post(struct vsocket *s, struct redirected_receive *r, char 
   a->redirect_position = r->position;
   a->redirect_wake = r->position + r->target;
   a->redirect_space = r->space;
-  s->redirecting = true;
+  s->redirecting = r;
   wait_undo_push(&r->undo, redirect_cancelled, r);
   COUNT_APP(s, redirections_posted, 1);
   /* release: the NIC that sees the generation sees what it stands for */
@@ -487,19 +487,14 @@ static void redirect_progress(struct redirected_receive *r) {
 }
 
 /*
- * Takes the posted address back.  Afterwards nothing can still be written to it: post = 0 and the look at
- * `claim` are seq_cst, as the NIC's claim and its second look at `post`, so one of the two sees the other.
- * The claim is held for one copy; a NIC that was killed in it is waited for until its successor, which
- * writes nothing, clears it.
+ * The NIC writes no more to the posted address, which was taken back: post = 0 and the look at `claim` are
+ * seq_cst, as the NIC's claim and its second look at `post`, so one of the two sees the other.  The claim is
+ * held for one copy; a NIC that was killed in it is waited for until its successor, which writes nothing,
+ * clears it.  The generation is the slot's: no later holder's claim has the same.
  */
-static void redirect_withdraw(struct redirected_receive *r) {
-  struct vsocket *s = r->socket;
+static void redirect_claim_wait(const struct redirected_receive *r) {
   const struct vmmc_nic_slot *n = nic_slot(r->endpoint, r->slot);
   struct timespec pause = { .tv_nsec = 20000 };
-  critical_lock(&s->receive_lock);
-  if (!redirect_dissolved(r)) atomic_store(&app_slot(r->endpoint, r->slot)->post, 0); /* else it was done (abandon) */
-  critical_unlock(&s->receive_lock);
-  /* The generation is the slot's: no later holder's claim has the same. */
   for (int looks = 0; atomic_load(&n->claim) == r->generation; looks++) {
     if (looks < 1000) {
       sched_yield();
@@ -508,6 +503,22 @@ static void redirect_withdraw(struct redirected_receive *r) {
       if (pause.tv_nsec < 5000000) pause.tv_nsec *= 2;
     }
   }
+}
+
+/* Takes the posted address back; when the connection was given up that was done. */
+static void redirect_withdraw(struct redirected_receive *r) {
+  critical_lock(&r->socket->receive_lock);
+  if (!redirect_dissolved(r)) atomic_store(&app_slot(r->endpoint, r->slot)->post, 0);
+  critical_unlock(&r->socket->receive_lock);
+  redirect_claim_wait(r);
+}
+
+void stream_give_up(struct vsocket *s) {
+  struct redirected_receive *r = s->redirecting;
+  if (!r) return;
+  atomic_store(&app_slot(r->endpoint, r->slot)->post, 0);
+  redirect_claim_wait(r);
+  redirect_progress(r);
 }
 
 /* The receiver has nothing to do yet: all that came is where it belongs, and more is waited for.  Only it moves
@@ -548,7 +559,7 @@ static void redirect_end(struct redirected_receive *r, bool read_rest) {
   }
   if (r->read < r->length) count(&app_header(r->endpoint)->counters.redirections_cancelled, 1);
   if (r->space == VMMC_SPACE_HEAP) heap_release(r->endpoint, r->offset, r->length);
-  s->redirecting = false;
+  s->redirecting = NULL;
   wait_undo_pop(&r->undo); /* only now: the memory may be a stack frame that longjmp leaves */
   critical_unlock(&s->receive_lock);
   connection_wake_local(s); /* readers that had to wait for this one */
