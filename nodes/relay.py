@@ -14,6 +14,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -28,6 +29,7 @@ from vmmc_emu.names import node_address, node_address6, node_index
 
 _CHUNK_BYTES = 256 * 1024
 _STACK_BYTES = 256 * 1024
+_FULL_MS = 100
 _DRAIN_S = 2.0
 
 
@@ -115,6 +117,9 @@ class Relay:
 def publish(port: int, pid: int) -> None:
     """Serves a listening socket of the host until the process ends."""
     relay = Relay()
+    # Two descriptors a client: as many as there may be.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listener = socket.socket(fileno=0)
     listener.setblocking(False)
     try:
@@ -124,11 +129,23 @@ def publish(port: int, pid: int) -> None:
     poll = select.poll()
     poll.register(program, select.POLLIN)
     poll.register(listener, select.POLLIN)
+    full = False  # no descriptors or memory for another one: it stays in the queue until somebody hangs up
     while True:
-        ready = {descriptor for descriptor, _ in poll.poll()}
+        ready = {descriptor for descriptor, _ in poll.poll(_FULL_MS if full else None)}
+        if full:
+            poll.modify(listener, select.POLLIN)
+            full = False
         if listener.fileno() in ready:
-            with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+            try:
                 outside, _ = listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue
+            except OSError as error:
+                if error.errno not in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
+                    raise
+                poll.modify(listener, 0)
+                full = True
+            else:
                 outside.setblocking(True)
                 threading.Thread(target=_join_published, args=(relay, outside, port), daemon=True).start()
         if program in ready:

@@ -124,6 +124,7 @@ class Supervisor:
         for node in self._nodes:
             node.off = not power.read(self._place, node.index).on
             if node.off:
+                self._end_node(node)  # its predecessor may have been killed in the middle of that
                 continue
             known = daemons.get(node.index)
             pidfd = processes.open_pidfd(known) if known else None
@@ -385,6 +386,9 @@ class Supervisor:
         node.started = time.monotonic()
         self._join(node, connection)
         log(INFO, f"{node.name} daemon {pid} has joined")
+        if node.outbox is not None:  # what was changed while it had nobody to tell it
+            node.outbox.tell(what="wires")
+            node.outbox.tell(what="power")
 
     # ---- power ----
 
@@ -396,6 +400,12 @@ class Supervisor:
         last_serial = node.store.last_serial if node.store else was.last_serial + _SERIALS_UNKNOWN
         # First: who comes after us knows that nobody is to be brought back.
         power.write(self._place, node.index, Power(False, was.boot, last_serial))
+        self._end_node(node)
+        self._tell_losses()
+        return {"node": node.index}
+
+    def _end_node(self, node: Node) -> None:
+        """Ends what runs on a node that is off by its record; done again, it changes nothing."""
         node.off = True
         mine = [each for each in processes.recorded(self._place) if each.node == node.index]
         nic = processes.nic_of(self._place, node.index)
@@ -418,8 +428,6 @@ class Supervisor:
         node.ready = False
         node.failures = 0
         log(WARNING, f"{node.name} has lost its power")
-        self._tell_losses()
-        return {"node": node.index}
 
     def _start_node(self, node: Node, connection: socket.socket) -> None:
         """Brings it back, empty; whoever asked is answered when it is ready."""

@@ -152,14 +152,18 @@ static void imported(struct endpoint *e, struct own_command *own, const struct p
     command_complete(e, index, p->error, 0, 0, 0);
     return;
   }
-  for (uint32_t id = 0; id < VMMC_EXPORTS; id++) {
-    struct own_import *import = &e->own->import[id];
-    if (import->used) continue;
-    *import = (struct own_import){ 1, own->command.node, p->from, p->total, p->flags };
-    command_complete(e, index, 0, id, p->total, p->flags);
+  uint32_t id = own->command.import_id; /* that a predecessor chose, who was killed before it could answer */
+  if (own->effected != index + 1)
+    for (id = 0; id < VMMC_EXPORTS && e->own->import[id].used; id++);
+  if (id >= VMMC_EXPORTS) {
+    command_complete(e, index, ENOBUFS, 0, 0, 0);
     return;
   }
-  command_complete(e, index, ENOBUFS, 0, 0, 0);
+  own->command.import_id = id;
+  in_order();
+  command_begin(own);
+  e->own->import[id] = (struct own_import){ 1, own->command.node, p->from, p->total, p->flags };
+  command_complete(e, index, 0, id, p->total, p->flags);
 }
 
 void command_packet(const struct packet *p) {

@@ -177,6 +177,13 @@ static void set_status(struct endpoint *e, uint32_t slot, uint32_t bits) {
   atomic_store_explicit(&n->status, atomic_load_explicit(&n->status, memory_order_relaxed) | bits, memory_order_release);
 }
 
+/* The peer may yet have to copy from the ring, which will be the slot's next connection's. */
+static void withdraw(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  struct packet_end end = end_of(e, slot);
+  if (c->transmitted != c->acknowledged) link_withdraw(c->far_node, &end);
+}
+
 void connection_fail(struct endpoint *e, uint32_t slot, int error) {
   struct connection *c = connection_of(e, slot);
   if (c->state == CONNECTION_NONE || c->state == CONNECTION_DEAD) return;
@@ -185,6 +192,8 @@ void connection_fail(struct endpoint *e, uint32_t slot, int error) {
     set_status(e, slot, (uint32_t)error);
   in_order();
   c->state = CONNECTION_DEAD;
+  in_order();
+  withdraw(e, slot);
   atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_DEAD, memory_order_release);
   wake_slot(e, slot, WAKE_BOTH);
   if ((c->flags & APP_CLOSED) || (connection_half(e, slot).shut & VMMC_CLOSED)) finish(e, slot);
@@ -582,7 +591,9 @@ void connection_end(struct endpoint *e, uint32_t slot) {
 void connection_abort(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
   if (c->state == CONNECTION_ESTABLISHED) reset_far(e, slot);
+  bool listened = c->state == CONNECTION_LISTENING;
   connection_fail(e, slot, ECONNRESET);
+  if (listened) tell_waiting(c);
 }
 
 int connection_look(struct endpoint *e, uint32_t slot) {
@@ -1047,6 +1058,7 @@ void connection_recover(struct endpoint *e, uint32_t slot) {
       atomic_store_explicit(&n->state, VMMC_FREE, memory_order_release);
   } else {
     show(e, slot);
+    if (c->state == CONNECTION_DEAD && link_to(c->far_node)) withdraw(e, slot);
     struct link *link = c->state == CONNECTION_ESTABLISHED ? link_to(c->far_node) : NULL;
     /* Its answer may have waited for room on the link, in memory that is gone: it goes before anything else
      * that the peer hears of this connection. */

@@ -127,6 +127,8 @@ static void resume(struct endpoint *e) {
    * The app takes them in turn; threads that fill theirs at the same time leave gaps. */
   enum { GAP = 64 };
   for (uint32_t slot = own->active_end, last = slot; slot < VMMC_ACTIVE_SLOTS && slot < last + GAP; slot++) {
+    off_t at = VMMC_APP_SLOTS + (off_t)slot * (off_t)sizeof(struct vmmc_app_slot);
+    if (lseek(e->app_fd, at, SEEK_DATA) != at) continue;
     if (!atomic_load_explicit(&app_slot(e, slot)->generation, memory_order_relaxed)) continue;
     connection_look(e, slot);
     last = slot;

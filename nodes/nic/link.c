@@ -174,9 +174,10 @@ static struct lane *lane_dequeue(struct link *link) {
 
 void link_enqueue(struct link *link, struct work *work) {
   link_activate(link);
-  if (work->queued) return;
+  if (work->queued == link) return;
+  if (work->queued) link_forget(work->queued, work); /* it was left there: that link had no room to find out */
   struct lane *lane = &link->lane[work->lane];
-  work->queued = true;
+  work->queued = link;
   work->next = NULL;
   if (lane->first)
     lane->last->next = work;
@@ -201,7 +202,7 @@ void link_forget(struct link *link, struct work *work) {
     if (*at != work) continue;
     *at = work->next;
     if (lane->last == work) lane->last = previous;
-    work->queued = false;
+    work->queued = NULL;
     if (!lane->first) lane_forget(link, lane);
     return;
   }
@@ -313,14 +314,35 @@ static void dispatch(struct link *link, const struct packet *p) {
   }
 }
 
-void link_handle(struct link *link, const struct packet *p) {
-  struct packet again;
-  if (link->taken < link->again && p->type == PACKET_CONNECT) {
-    again = *p;
-    again.flags |= PACKET_AGAIN;
-    p = &again;
+static const struct packet *handled; /* in the sender's queue */
+static uint8_t handled_type;
+
+bool link_withdrawn(void) {
+  /* acquire: the copy's reads before this look.  A sender that takes its word back empties the packet before its
+   * program has the memory back, so a copy that met anything newer there finds the packet empty. */
+  atomic_thread_fence(memory_order_acquire);
+  return *(const volatile uint8_t *)&handled->type != handled_type;
+}
+
+void link_withdraw(uint32_t node, const struct packet_end *from) {
+  struct link *link = nic.link[node];
+  if (!link) return;
+  uint64_t taken = taken_by_peer(link);
+  for (uint64_t n = link->tail; n-- > taken;) { /* the newest first: what is left has no gap */
+    struct packet *p = &link->out->packet[n % LINK_PACKETS];
+    bool stream = p->type == PACKET_DATA || p->type == PACKET_FIN || p->type == PACKET_CLOSE;
+    if (stream && !memcmp(&p->from, from, sizeof *from))
+      *(volatile uint8_t *)&p->type = PACKET_NONE;
   }
-  dispatch(link, p);
+  atomic_thread_fence(memory_order_seq_cst); /* before its memory is anybody else's */
+}
+
+void link_handle(struct link *link, const struct packet *p) {
+  struct packet copy = *p; /* its sender may empty it meanwhile */
+  if (link->taken < link->again && copy.type == PACKET_CONNECT) copy.flags |= PACKET_AGAIN;
+  handled = &link->in->packet[link->taken % LINK_PACKETS];
+  handled_type = copy.type;
+  dispatch(link, &copy);
   in_order();
   link->taken++;
   /* release: all that the packet asked for is done and recorded, its place may be used again */
@@ -405,7 +427,7 @@ static void serve(struct link *link) {
     struct work *work = lane->first;
     uint64_t before = link->tail;
     lane->first = work->next;
-    work->queued = false;
+    work->queued = NULL;
     link->serving = lane; /* it stands in the queue again below, also when more work has come meanwhile */
     if (work->transmit(work, link)) link_enqueue(link, work);
     link->serving = NULL;
@@ -479,7 +501,7 @@ void links_recover(void) {
 
 static void link_end(struct link *link) {
   for (struct lane *lane = link->first; lane; lane = lane->next)
-    for (struct work *w = lane->first; w; w = w->next) w->queued = false;
+    for (struct work *w = lane->first; w; w = w->next) w->queued = NULL;
   link_drop_answers(link);
   if (link->retransmit) retransmit_end(link);
   for (struct link **at = &nic.busy_links; *at; at = &(*at)->next_busy) {

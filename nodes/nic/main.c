@@ -84,6 +84,8 @@ static void take_over(void) {
   nic.door = map_own("door", sizeof *nic.door, sizeof *nic.door, NULL);
   nic.state = map_own("state", STATE_BYTES, offsetof(struct node_state, binding),
                       &nic.state_fd);
+  /* What each wire that leads here is like is looked at when its link is made: there must be pages then. */
+  if (!segment_commit(nic.state_fd, offsetof(struct node_state, wire), nic.nodes * sizeof *nic.state->wire)) exit(1);
   /* One NIC a node, whatever a daemon that was killed may have started.  It is held until this process ends,
    * or closes any descriptor of the segment; who asks for it is told our pid. */
   struct flock whole = { .l_type = F_WRLCK, .l_whence = SEEK_SET };

@@ -49,7 +49,7 @@ struct endpoint;
 /* Something that has packets for a link.  A member of its program's lane in the link at most once. */
 struct work {
   struct work *next;
-  bool queued;
+  struct link *queued; /* where it stands, NULL: nowhere */
   uint32_t lane; /* index of the program's endpoint */
   /* Emits packets while link_room() allows and its fair share lasts.  True: has more to say. */
   bool (*transmit)(struct work *work, struct link *link);
@@ -340,6 +340,8 @@ void link_wait_busy(struct link *link, struct endpoint *e, uint32_t slot); /* un
 const char *link_carried(void);
 /* and whether its sender has given it up meanwhile, so that what was copied from there is not to be believed. */
 bool link_withdrawn(void);
+/* What that end has said and the peer has not handled becomes nothing, since its memory is to be another's. */
+void link_withdraw(uint32_t node, const struct packet_end *from);
 
 uint64_t link_tail(const struct link *link);         /* packets published, */
 uint64_t link_acknowledged(const struct link *link); /* and those that the peer's NIC is known to have handled */

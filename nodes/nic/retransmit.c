@@ -270,7 +270,8 @@ static void give_up(struct link *link, uint64_t now_ns) {
   /* First: a successor must tell the peer also when not all of the rest was done. */
   link->out->gave_up = 1;
   in_order();
-  for (uint64_t n = r->acknowledged; n < link->tail; n++)
+  /* The newest first: killed in between, what is left of a stream or a send has a beginning and no gap. */
+  for (uint64_t n = link->tail; n-- > r->acknowledged;)
     *(volatile uint8_t *)&link->out->packet[n % LINK_PACKETS].type = PACKET_NONE;
   /* The packets before the memory: a peer that is at one of them looks at it again when it has copied. */
   atomic_thread_fence(memory_order_seq_cst);
@@ -301,17 +302,6 @@ static void look_at_timers(struct link *link, uint64_t now_ns) {
 }
 
 /* ---- receiving ---- */
-
-static const struct packet *handled; /* in the sender's queue */
-static uint8_t handled_type;
-
-bool link_withdrawn(void) {
-  if (!handled) return false;
-  /* acquire: the copy's reads before this look.  A sender that gives up empties the packet before its program has the
-   * memory back, so a copy that met anything newer there finds the packet empty. */
-  atomic_thread_fence(memory_order_acquire);
-  return *(const volatile uint8_t *)&handled->type != handled_type;
-}
 
 static bool may_corrupt(const struct retransmit *r) { return r->wire.set.corrupt_ppb; }
 
@@ -371,16 +361,12 @@ static int handle(struct link *link, bool is_carried, int most, uint64_t now_ns)
   struct retransmit *r = link->retransmit;
   int done = 0;
   for (; known_early(r, link->taken) && done < most; done++, is_carried = false) {
-    const struct packet *place = &link->in->packet[link->taken % LINK_PACKETS];
-    struct packet p = *place;
+    struct packet p = link->in->packet[link->taken % LINK_PACKETS];
     if (!is_paid(link, &p, now_ns)) break;
     /* One that came early, and whole: it is carried again, since its bytes were not kept. */
     if (may_corrupt(r) && !is_carried && !wire_carry(link, &p, 0)) break;
     r->early[link->taken / 64 % 4] &= ~(1ull << link->taken % 64);
-    handled = place;
-    handled_type = p.type;
     link_handle(link, &p);
-    handled = NULL;
     wire_put_down();
     r->owes = true;
   }
@@ -461,10 +447,7 @@ uint64_t unreliable_links_due(void) {
 
 static void begin(struct link *link, uint64_t acknowledged_by_peer, uint64_t frames_seen) {
   struct retransmit *r = calloc(1, sizeof *r);
-  if (!r) {
-    log_event("error", "out of memory: the wires with node%u stay perfect", link->node);
-    return;
-  }
+  if (!r) nic_end_for_memory("a wire that is not perfect"); /* the peer, which has some, would speak another language */
   struct link_queue *out = link->out;
   out->acknowledged = acknowledged_by_peer;
   in_order(); /* a successor that finds the next believes the one before */

@@ -46,7 +46,9 @@ void *segment_make(uint32_t node, const char *what, uint64_t bytes) {
   struct stat s;
   bool ours = fstat(fd, &s) == 0 && s.st_size == 0; /* made here, not by the other side of the link */
   /* Committed at once: a link that is promised must not meet a full /dev/shm at a random store. */
-  int error = posix_fallocate(fd, 0, (off_t)bytes);
+  int error;
+  do error = posix_fallocate(fd, 0, (off_t)bytes);
+  while (error == EINTR);
   void *base = error ? NULL : map(fd, bytes, true);
   if (!base) {
     if (!error) error = errno;

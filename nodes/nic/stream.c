@@ -82,7 +82,7 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   at = c->placed;
   if (!work->remote) work->remote = remote_find(c->far_node, c->far.serial);
   if (!work->remote) {
-    connection_fail(e, slot, ECONNRESET);
+    connection_abandon(e, slot, ECONNRESET);
     return;
   }
   const char *ring = work->remote->app + VMMC_APP_RINGS + (uint64_t)c->far.slot * VMMC_RING;
@@ -117,7 +117,7 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   COUNT(e, bytes_default, moved - redirected);
   if (error) {
     log_event("warning", "endpoint %u (pid %d): a peer's memory cannot be read; its connection is reset", e->index, e->pid);
-    connection_fail(e, slot, ECONNRESET);
+    connection_abandon(e, slot, ECONNRESET);
     return;
   }
   /* Without a look at the slot the app's newest position is not known here; a sender that has used its credit up

@@ -239,7 +239,8 @@ static bool readable(void *s) { return socket_ready(s) & (EPOLLIN | EPOLLHUP | E
 /* Waits until ready(s), as a reader. */
 static void wait_ready(struct vsocket *s, bool (*ready)(void *)) {
   struct wait_word words[SOCKET_WORDS];
-  int error = wait_until(words, socket_wait_words(s, true, false, words), ready, s, WAIT_FOREVER, false);
+  int error = wait_until(words, socket_wait_words(s, true, false, words), ready, s, WAIT_FOREVER,
+                         wait_signals_now(), false);
   if (error) errno = -error, fail("wait_until");
 }
 
