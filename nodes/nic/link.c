@@ -378,17 +378,45 @@ static int link_receive(struct link *link) {
   return done;
 }
 
+/*
+ * Nodes that rang and to which no link could be made, for want of descriptors or memory: they do not ring again, so
+ * it is tried again after a while.
+ */
+enum { MISSED_NS = 50000000 };
+static uint64_t missed[VMMC_NODES_MAX / 64], missed_due_ns;
+
+static void ring_missed(uint32_t node) {
+  missed[node / 64] |= 1ull << node % 64;
+  if (!missed_due_ns) missed_due_ns = vmmc_now_ns() + MISSED_NS;
+}
+
+static void look_at_missed(void) {
+  if (!missed_due_ns || vmmc_now_ns() < missed_due_ns) return;
+  missed_due_ns = 0;
+  for (uint32_t word = 0; word < VMMC_NODES_MAX / 64; word++) {
+    if (!missed[word]) continue;
+    atomic_fetch_or(&nic.door->link[word], missed[word]);
+    atomic_fetch_or(&nic.door->summary, 1ull << word);
+    missed[word] = 0;
+  }
+}
+
+uint64_t links_due(void) { return missed_due_ns ? missed_due_ns : UINT64_MAX; }
+
 int links_receive(void) {
   int done = 0;
+  look_at_missed();
   /* Plain look first: the exchange would take the cache line from whoever rings it. */
   if (!atomic_load_explicit(&nic.door->summary, memory_order_relaxed)) return 0;
   for (uint64_t summary = atomic_exchange(&nic.door->summary, 0); summary; summary &= summary - 1) {
     uint32_t word = (uint32_t)__builtin_ctzll(summary);
     if (word >= VMMC_NODES_MAX / 64) break;
     for (uint64_t bits = atomic_exchange(&nic.door->link[word], 0); bits; bits &= bits - 1) {
-      struct link *link = link_to(word * 64 + (uint32_t)__builtin_ctzll(bits));
+      uint32_t node = word * 64 + (uint32_t)__builtin_ctzll(bits);
+      struct link *link = link_to(node);
       done++;
       if (link) done += link_receive(link);
+      else if (errno != EHOSTUNREACH) ring_missed(node);
     }
   }
   return done;

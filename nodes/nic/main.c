@@ -163,8 +163,9 @@ int main(int count, char **argument) {
     if (nic_turn()) {
       vmmc_idle_begin(&idle);
     } else if (!vmmc_idle_poll(&idle)) {
-      uint64_t due_ns = unreliable_links_due(), alive_ns = keepalive_due();
-      sleep_until_work(have_work, due_ns < alive_ns ? due_ns : alive_ns);
+      uint64_t due_ns = unreliable_links_due(), alive_ns = keepalive_due(), missed_ns = links_due();
+      if (alive_ns < due_ns) due_ns = alive_ns;
+      sleep_until_work(have_work, missed_ns < due_ns ? missed_ns : due_ns);
       vmmc_idle_woken(&idle);
     }
   }

@@ -326,7 +326,8 @@ void link_push(struct link *link);                 /* publishes it */
 void link_reply(struct link *link, const struct packet *p); /* a packet that never waits for room */
 void link_enqueue(struct link *link, struct work *work);
 void link_forget(struct link *link, struct work *work); /* takes it out of this link's queue, if there */
-int links_receive(void);                           /* duty */
+int links_receive(void);
+uint64_t links_due(void); /* when links_receive has something to do without being rung for; UINT64_MAX: never */                           /* duty */
 int links_transmit(void);                          /* duty */
 bool links_have_work(void);
 void links_recover(void);

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -114,3 +115,77 @@ def test_no_descriptors_for_another_program(two_nodes: Cluster, who: str) -> Non
         honest.kill()
         honest.communicate()
     assert node.run([sys.executable, "-c", ATTACH], timeout=TIMEOUT_S).stdout == "attached\n"
+
+
+RECEIVE = f"""
+import errno, socket
+listener = socket.create_server(("", {PORT + 2}))
+print("ready", flush=True)
+try: print(listener.accept()[0].recv(10), flush=True)
+except OSError as error: print(errno.errorcode[error.errno], flush=True)
+"""
+SEND = f"""
+import errno, socket, sys
+connection = socket.create_connection(("node0", {PORT + 2}))
+print("connected", flush=True)
+sys.stdin.readline()
+connection.send(b"x")
+try: print(connection.recv(10), flush=True)
+except OSError as error: print(errno.errorcode[error.errno], flush=True)
+"""
+
+
+def test_a_sender_whose_memory_the_receiving_nic_cannot_map(two_nodes: Cluster) -> None:
+    """Both ends are told: the sender, too, that would wait for an answer."""
+    pipe = subprocess.PIPE
+    receiver = two_nodes.node(0).popen([sys.executable, "-c", RECEIVE], stdout=pipe, text=True)
+    assert receiver.stdout is not None
+    assert receiver.stdout.readline() == "ready\n"
+    sender = two_nodes.node(1).popen([sys.executable, "-c", SEND], stdin=pipe, stdout=pipe, text=True)
+    nic = two_nodes.status()["nodes"][0]["nic_pid"]
+    assert nic is not None
+    limit = resource.prlimit(nic, resource.RLIMIT_NOFILE)
+    try:
+        assert sender.stdout is not None
+        assert sender.stdout.readline() == "connected\n"
+        resource.prlimit(nic, resource.RLIMIT_NOFILE, (3, limit[1]))
+        assert sender.communicate("go\n", timeout=TIMEOUT_S)[0] == "ECONNRESET\n"
+        assert receiver.communicate(timeout=TIMEOUT_S)[0] == "ECONNRESET\n"
+    finally:
+        resource.prlimit(nic, resource.RLIMIT_NOFILE, limit)
+        for process in (receiver, sender):
+            process.kill()
+            process.communicate()
+
+
+CONNECT = f"""
+import socket, sys
+socket.create_connection(("node1", {PORT + 3}))
+print("connected", flush=True)
+"""
+
+
+def test_a_first_word_from_a_node_when_there_is_no_descriptor(vmmc_cluster: Callable[..., Cluster]) -> None:
+    """The link is made once there is room, and the connect that asked for it goes on."""
+    cluster = vmmc_cluster(nodes=2)
+    listen = f"import socket, sys; s = socket.create_server(('', {PORT + 3})); print(); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    server = cluster.node(1).popen([sys.executable, "-c", listen], stdin=pipe, stdout=pipe, text=True)
+    client = None
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "\n"
+        nic = cluster.status()["nodes"][1]["nic_pid"]
+        assert nic is not None
+        limit = resource.prlimit(nic, resource.RLIMIT_NOFILE)
+        resource.prlimit(nic, resource.RLIMIT_NOFILE, (3, limit[1]))
+        client = cluster.node(0).popen([sys.executable, "-c", CONNECT], stdout=pipe, text=True)
+        while "no link to node0: Too many open files" not in cluster.node(1).logs():
+            pass
+        resource.prlimit(nic, resource.RLIMIT_NOFILE, limit)
+        assert client.communicate(timeout=TIMEOUT_S)[0] == "connected\n"
+    finally:
+        for process in (server, client):
+            if process:
+                process.kill()
+                process.communicate()

@@ -90,3 +90,44 @@ def test_everything_that_waits_ends(
     assert re.search(r"^poll: [12]$", out, re.MULTILINE), out
     assert len(err.splitlines()) == 1, err
     assert f"is detached from node0 and has no network any more: {why}" in err
+
+
+CROWDED = """
+import socket, sys
+listener = socket.socket()
+listener.bind(("", 7200))
+listener.listen(0)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+CROWD = """
+import errno, socket
+held = []
+try:
+    while True:
+        held.append(socket.create_connection(("node0", 7200)))
+        print("connected", flush=True)
+except OSError as error: print(errno.errorcode[error.errno], flush=True)
+"""
+
+
+def test_connects_that_wait_for_its_backlog(two_nodes: Cluster) -> None:
+    """Its backlog is full: who waits for room is refused when the program is detached."""
+    pipe = subprocess.PIPE
+    before = set(two_nodes.place.segments())
+    server = two_nodes.node(0).popen([sys.executable, "-c", CROWDED], stdin=pipe, stdout=pipe, text=True)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    (segment,) = {name for name in set(two_nodes.place.segments()) - before if name.endswith(".app")}
+    client = two_nodes.node(1).popen([sys.executable, "-c", CROWD], stdout=pipe, text=True)
+    try:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "connected\n"
+        while not any(socket.state == "SYN-SENT" for socket in two_nodes.node(1).sockets()):
+            pass
+        talk_nonsense(two_nodes, segment.removesuffix(".app"))
+        assert client.communicate(timeout=TIMEOUT_S)[0].splitlines()[-1] == "ECONNREFUSED"
+    finally:
+        for process in (server, client):
+            process.kill()
+            process.communicate()

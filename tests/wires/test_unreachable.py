@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +174,140 @@ def wait_kept_alive(host: str, port: int) -> int:
         except OSError as error:
             return error.errno or 0
     return 0
+
+
+# Fills the link to node2 with packets of one byte, until it is told that node2 is given up.  The connect that
+# follows uses the same slot.
+CROWDS = f"""
+import fcntl, socket, struct, sys, termios
+SIOCOUTQNSD = 0x894B
+crowding = socket.create_connection(("node2", {PORT}))
+crowding.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+print("connected", flush=True)
+sys.stdin.readline()
+try:
+    while True:
+        crowding.send(b"x")
+        while fcntl.ioctl(crowding, SIOCOUTQNSD, bytes(4)) != bytes(4):
+            error = crowding.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error: raise OSError(error, "")
+except OSError as error:
+    print(error.errno, flush=True)
+crowding.close()
+for i in range(3):
+    with socket.create_connection(("node3", {PORT})) as connection:
+        connection.sendall(b"hello")
+        print(connection.recv(5).decode(), flush=True)
+sys.stdin.readline()
+"""
+
+ANSWERS = f"""
+import socket
+listener = socket.create_server(("", {PORT}))
+print("ready", flush=True)
+while True:
+    connection = listener.accept()[0]
+    connection.sendall(connection.recv(18))
+"""
+
+
+def test_what_waited_for_a_full_link_goes_to_another_node_now(cluster: Cluster) -> None:
+    """A slot and a command place that were left in the queue of a link that is given up are used again."""
+    pipe = subprocess.PIPE
+    with contextlib.ExitStack() as stack:
+
+        def start(node: int, program: str) -> subprocess.Popen[str]:
+            process = cluster.node(node).popen(
+                [sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True
+            )
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
+
+        def line(process: subprocess.Popen[str]) -> str:
+            assert process.stdout is not None
+            return process.stdout.readline().strip()
+
+        for node in (2, 3):
+            assert line(start(node, ANSWERS)) == "ready"
+        here, there, elsewhere = (
+            stack.enter_context(vmmc_emu.attach(node, cluster=cluster.name)) for node in (1, 2, 3)
+        )
+        inboxes = [end.export(end.alloc(4096), "inbox") for end in (there, elsewhere)]
+        to_there, to_elsewhere = (here.import_(node, "inbox", timeout_ms=TIMEOUT_S * 1000) for node in (2, 3))
+        crowd = start(1, CROWDS)
+        assert line(crowd) == "connected"
+        changes = observe.link_counters(cluster.name, 1, 2)["wire_changes"]
+        change(cluster, CUT, (1, 2))
+        while observe.link_counters(cluster.name, 1, 2)["wire_changes"] == changes:
+            pass
+        print(file=crowd.stdin, flush=True)
+        assert line(crowd) == str(errno.ETIMEDOUT)
+        assert [line(crowd) for _ in range(3)] == ["hello"] * 3
+        source = here.alloc(4096)
+        source[:5] = b"lost."
+        with pytest.raises(TimeoutError):
+            to_there.send(source[:5])
+        source[:5] = b"here!"
+        for _ in range(300):  # each place of the command queue
+            to_elsewhere.send(source[:5], timeout_ms=TIMEOUT_S * 1000)
+        change(cluster, {}, (1, 2))
+        to_there.send(source[:0], notify=True, timeout_ms=TIMEOUT_S * 1000)
+        assert inboxes[0].notification(TIMEOUT_S * 1000).length == 0
+        assert [bytes(inbox.memory[:5]) for inbox in inboxes] == [bytes(5), b"here!"]
+
+
+def send_to_the_silent(silent: str, nic: int, other: str, port: int) -> int:
+    """Sends to a peer whose NIC stands still until it is told, then to another; runs on a node."""
+    with socket.create_connection((silent, port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT):
+            connection.setsockopt(socket.IPPROTO_TCP, option, 1)
+        while Path(f"/proc/{nic}/stat").read_text().rpartition(") ")[2][0] != "T":
+            pass
+        connection.sendall(b"for the silent one")
+        try:
+            connection.recv(1)
+            told = 0
+        except OSError as error:
+            told = error.errno or 0
+    for _ in range(4):  # one of them in the same slot, and its ring
+        with socket.create_connection((other, port)) as connection:
+            connection.sendall(b"for somebody else!")
+            assert connection.recv(18) == b"for somebody else!"
+    return told
+
+
+def receive_bytes(port: int) -> bytes:
+    """All that a connection brings, however it ends; runs on a node."""
+    with socket.create_server(("", port)) as listener:
+        connection, _ = listener.accept()
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(1 << 16):
+            received += data
+    return received
+
+
+def test_who_was_silent_does_not_get_what_another_connection_says(cluster: Cluster) -> None:
+    """Bytes that it had yet to copy when their connection was given up are nobody's."""
+    silent = cluster.node(2).submit(receive_bytes, PORT)
+    other = cluster.node(3).popen([sys.executable, "-c", ANSWERS], stdout=subprocess.DEVNULL)
+    for node in (2, 3):
+        cluster.node(node).wait_for_port(PORT)
+    nic = cluster.status()["nodes"][2]["nic_pid"]
+    sender = None
+    try:
+        sender = cluster.node(1).submit(send_to_the_silent, "node2", nic, "node3", PORT)
+        while not any(each.state == "ESTAB" for each in cluster.node(1).sockets()):
+            pass
+        os.kill(nic, signal.SIGSTOP)
+        assert sender.result(TIMEOUT_S) == errno.ETIMEDOUT
+    finally:
+        os.kill(nic, signal.SIGCONT)
+        other.kill()
+        other.wait()
+    assert silent.result(TIMEOUT_S) in (b"", b"for the silent one")
 
 
 def test_keepalive_finds_a_peer_that_is_silent_on_a_perfect_wire(cluster: Cluster) -> None:
