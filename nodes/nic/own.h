@@ -121,7 +121,8 @@ struct own_arrival {
   struct vmmc_notification notification;
 };
 
-enum { SENDERS = 512 }; /* by node and serial: two that share a place forget each other */
+/* In sets, by node and serial: of more than so many that share a set some are forgotten. */
+enum { SENDERS = 1024, SENDER_WAYS = 8 };
 
 struct own {
   uint32_t magic, version, serial;

@@ -91,14 +91,31 @@ bool transfer_transmit(struct work *work, struct link *link) {
 
 /* ---- at the exporter ---- */
 
-static struct own_sender *sender_of(struct endpoint *e, uint32_t node, uint32_t serial) {
-  return &e->own->sender[(node * 31 + serial) % SENDERS];
+static struct own_sender *senders_like(struct endpoint *e, uint32_t node, uint32_t serial) {
+  uint32_t hash = (node << 16 ^ serial) * 2654435769u; /* Fibonacci hashing: Knuth, TAOCP 6.4 */
+  return &e->own->sender[(hash >> 16) % (SENDERS / SENDER_WAYS) * SENDER_WAYS];
+}
+
+/* NULL: nothing of it has arrived, or it was forgotten. */
+static struct own_sender *sender_find(struct endpoint *e, uint32_t node, uint32_t serial) {
+  struct own_sender *s = senders_like(e, node, serial);
+  for (int way = 0; way < SENDER_WAYS; way++)
+    if (s[way].arrived && s[way].node == node && s[way].serial == serial) return &s[way];
+  return NULL;
+}
+
+/* A place for one that has none: the same one, when it is asked for again because its NIC has died. */
+static struct own_sender *sender_place(struct endpoint *e, uint32_t node, uint32_t serial, uint64_t arrivals) {
+  struct own_sender *s = senders_like(e, node, serial);
+  for (int way = 0; way < SENDER_WAYS; way++)
+    if (!s[way].arrived) return &s[way];
+  return &s[arrivals % SENDER_WAYS];
 }
 
 /* Sends of one program to this node arrive in the order of their indices. */
 static bool arrived_before(struct endpoint *e, const struct packet *p, uint32_t node) {
-  const struct own_sender *s = sender_of(e, node, p->from.serial);
-  return s->node == node && s->serial == p->from.serial && p->command < s->arrived;
+  const struct own_sender *s = sender_find(e, node, p->from.serial);
+  return s && p->command < s->arrived;
 }
 
 /* Carries out what own->arrival says.  Nothing in it depends on how often. */
@@ -114,12 +131,15 @@ static void arrive(struct endpoint *e) {
     place[(a->notifications - 1) % VMMC_NOTIFICATIONS] = *told;
     atomic_store_explicit(&nic_header(e)->notifications, a->notifications, memory_order_release);
   }
-  struct own_sender *s = sender_of(e, told->node, told->sender);
-  if (s->node != told->node || s->serial != told->sender) s->arrived = 0;
-  in_order();
-  s->node = told->node;
-  s->serial = told->sender;
-  in_order();
+  struct own_sender *s = sender_find(e, told->node, told->sender);
+  if (!s) {
+    s = sender_place(e, told->node, told->sender, a->arrivals);
+    s->arrived = 0;
+    in_order();
+    s->node = told->node;
+    s->serial = told->sender;
+    in_order();
+  }
   s->arrived = a->arriving;
   in_order();
   a->arriving = 0;
