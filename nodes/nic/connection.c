@@ -596,6 +596,20 @@ void connection_abort(struct endpoint *e, uint32_t slot) {
   if (listened) tell_waiting(c);
 }
 
+/* There is no memory to remember an active slot in: whoever asks for something with it is told, and may ask again.
+ * The page of the NIC's half, in which it is told, is the library's to commit. */
+static void cannot_remember(struct endpoint *e, uint32_t slot, uint32_t generation) {
+  struct vmmc_nic_slot *n = nic_slot(e, slot);
+  if (!segment_commit(e->nic_fd, VMMC_NIC_SLOTS + (uint64_t)slot * sizeof *n, sizeof *n)) return;
+  uint32_t request = atomic_load_explicit(&app_slot(e, slot)->request, memory_order_acquire);
+  n->reply_error = ENOBUFS;
+  atomic_store_explicit(&n->state, VMMC_FREE, memory_order_relaxed);
+  atomic_store_explicit(&n->generation, generation, memory_order_relaxed);
+  /* release: the answer's content first */
+  atomic_store_explicit(&n->reply, request, memory_order_release);
+  wake_slot(e, slot, WAKE_WRITERS);
+}
+
 int connection_look(struct endpoint *e, uint32_t slot) {
   enum { LOOK = 1, REQUEST = 16 };
   int work = LOOK;
@@ -604,7 +618,10 @@ int connection_look(struct endpoint *e, uint32_t slot) {
   struct vmmc_app_slot *a = app_slot(e, slot);
   uint32_t generation = atomic_load_explicit(&a->generation, memory_order_acquire);
   if (!is_passive(slot) && generation && !e->dying && slot < VMMC_ACTIVE_SLOTS) {
-    if (slot >= e->own->active_end && !commit_slot(e, slot)) return work;
+    if (slot >= e->own->active_end && !commit_slot(e, slot)) {
+      cannot_remember(e, slot, generation);
+      return work;
+    }
     if (c->state == CONNECTION_NONE && generation != c->generation) {
       rewind_ring(c);
       prepare(e, slot);

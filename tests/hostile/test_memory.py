@@ -180,8 +180,66 @@ with Cluster(nodes=2) as cluster:
 """
 
 
-def test_no_room_for_what_a_stream_could_have() -> None:
-    """While /dev/shm is full a sender is told, nothing is lost, also when NICs die; with room it goes on."""
+# Everything that takes memory, with none left and with some again: what was there before goes on.
+FULL = f"""
+import errno, os, socket, subprocess, sys
+import vmmc_emu
+from vmmc_emu import Cluster
+program = '''
+import errno, socket, sys
+import vmmc_emu
+said = []
+def told(call):
+    try: call()
+    except OSError as error: return errno.errorcode[error.errno]
+    return "fine"
+listener = socket.create_server(("", {PORT}))
+near = socket.create_connection(("node0", {PORT}))
+far, _ = listener.accept()
+near.sendall(b"first") # its ring has a page from here on
+assert far.recv(5) == b"first"
+held = []
+def more_listeners():
+    for i in range(64): held.append(socket.create_server(("", 0)))
+def more_connections():
+    for i in range(64):
+        held.append(socket.create_connection(("node0", {PORT})))
+        held.append(listener.accept()[0])
+endpoint = vmmc_emu.attach()
+memory = endpoint.alloc(1 << 20)
+def export(): held.append(endpoint.export(memory))
+print("ready", flush=True)
+for line in sys.stdin:
+    near.sendall(b"still")
+    assert far.recv(5) == b"still"
+    print(told(more_listeners), told(more_connections), told(export), flush=True)
+    held.clear()
+'''
+pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+with Cluster(nodes=1) as cluster:
+    process = cluster.node(0).popen([sys.executable, "-P", "-c", program], **pipes)
+    def ask():
+        process.stdin.write("go\\n")
+        process.stdin.flush()
+        print(process.stdout.readline(), end="")
+    assert process.stdout.readline() == "ready\\n"
+    with open("/dev/shm/filler", "wb", buffering=0) as filler:
+        for size in (1 << 16, 4096):
+            try:
+                while filler.write(bytes(size)): pass
+            except OSError: pass
+        for pages in (0, 1, 2, 3, 5, 8, 13, 21, 34): # where it ends is another place each time
+            filler.truncate(filler.tell() - pages * 4096)
+            ask()
+    os.unlink("/dev/shm/filler")
+    ask()
+    process.stdin.close()
+    print(process.wait(30), cluster.logs().count("incarnation"))
+"""
+
+
+def in_small_memory(script: str) -> str:
+    """Runs Python with a /dev/shm of its own, of 8 MiB: what it prints, errors included."""
     unshare = shutil.which("unshare")
     options = ["--mount"] if os.getuid() == 0 else ["--mount", "--user", "--map-root-user"]
     if (
@@ -189,9 +247,25 @@ def test_no_room_for_what_a_stream_could_have() -> None:
         or subprocess.run([unshare, *options, "true"], check=False, capture_output=True).returncode
     ):
         pytest.skip("mount namespaces are not allowed here")
-    script = 'mount -t tmpfs -o size=8m,mode=1777 tmpfs /dev/shm && exec "$0" -P -c "$1"'
+    mount = 'mount -t tmpfs -o size=8m,mode=1777 tmpfs /dev/shm && exec "$0" -P -c "$1"'
     done = subprocess.run(
-        [unshare, *options, "sh", "-c", script, sys.executable, FLOOD],
+        [unshare, *options, "sh", "-c", mount, sys.executable, script],
         capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
-    assert done.stdout == "equal 2\n", done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_no_room_for_anything_new() -> None:
+    """Sockets, connections and exports are refused for want of memory, and made once there is some."""
+    *full, with_room, end = in_small_memory(FULL).splitlines()
+    assert len(full) == 9, full
+    assert full[0] == "ENOBUFS ENOBUFS ENOMEM"
+    told = {each for line in full for each in line.split()}
+    assert told <= {"ENOBUFS", "ENOMEM", "ECONNREFUSED", "fine"}, full
+    assert with_room == "fine fine fine"
+    assert end == "0 1"
+
+
+def test_no_room_for_what_a_stream_could_have() -> None:
+    """While /dev/shm is full a sender is told, nothing is lost, also when NICs die; with room it goes on."""
+    assert in_small_memory(FLOOD) == "equal 2\n"

@@ -71,8 +71,9 @@ static void list_append(struct vmmc_endpoint *v, uint32_t index) {
 
 void utlb_unpin(struct vmmc_endpoint *v, uint32_t page) {
   list_remove(v, page);
-  /* Nobody uses it: every command that named it was answered, so the NIC is done with it. */
-  atomic_store_explicit(entry(v, page), 0, memory_order_release);
+  /* Nobody uses it: every command that named it was answered, so the NIC is done with it.  Where there was no memory
+   * for the table it has no entry, and a store would be a SIGBUS. */
+  if (has_entry(v, page)) atomic_store_explicit(entry(v, page), 0, memory_order_release);
   v->heap.page[page].flags &= ~(uint32_t)PAGE_PINNED;
   v->utlb.pinned--;
 }
