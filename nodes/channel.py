@@ -145,14 +145,39 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     if not data:
         return None
     try:
+        message = _message(data)
+    except ValueError:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+    return message, descriptors
+
+
+def _message(data: bytes) -> dict[str, Any]:
+    try:
         message = json.loads(data)
         if not isinstance(message, dict):
             raise ValueError("a message is an object")
     except (ValueError, RecursionError) as error:
-        for descriptor in descriptors:
-            os.close(descriptor)
         raise ValueError(f"{data[:60]!r} is no message: {error}") from None
-    return message, descriptors
+    return message
+
+
+def opened(message: dict[str, Any], descriptors: list[int], most: int) -> dict[str, Any]:
+    """The message itself, where what came says that it is in the file that came along (`enclosed`).
+
+    That descriptor is closed and taken from the list.  ValueError: it is no message, or larger than `most`.
+    """
+    if message.get("enclosed") is not True:
+        return message
+    file = descriptors.pop(0)
+    try:
+        size = os.fstat(file).st_size
+        if size > most:
+            raise ValueError(f"it has {size} bytes, more than {most}")
+        return _message(os.pread(file, size, 0))
+    finally:
+        os.close(file)
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:

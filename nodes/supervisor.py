@@ -48,6 +48,8 @@ _START_TIMEOUT_S = 60.0
 _DAEMON_YOUNG_S = 1.0
 _DAEMON_BACKOFF_S = (0.05, 0.2, 1.0, 5.0)
 
+_MESSAGE_MOST = 2000  # characters of an error: what a socket's message certainly has room for
+
 # More endpoints than a daemon can have attached of which no supervisor was told.
 _SERIALS_UNKNOWN = 1 << 20
 
@@ -505,6 +507,7 @@ class Supervisor:
                 self._drop_control(connection)
                 return
             message, descriptors = received
+            message = channel.opened(message, descriptors, lifecycle.REQUEST_BYTES_MOST)
             answer = self._answer(connection, message, descriptors)
         except BlockingIOError:
             return
@@ -520,6 +523,8 @@ class Supervisor:
             return  # answered later, or no request any more
         for descriptor in descriptors:
             os.close(descriptor)
+        if "message" in answer:  # which may quote what was asked, at its length
+            answer["message"] = str(answer["message"])[:_MESSAGE_MOST]
         channel.send(connection, **answer)
 
     def _drop_control(self, connection: socket.socket) -> None:

@@ -524,6 +524,18 @@ def test_nonsense_to_the_supervisor_gets_an_error_and_harms_nobody(cluster: Clus
             connection.settimeout(10)
             answer = json.loads(connection.recv(65536))
             assert answer["message"], message
+    files = [*messages, b'{"enclosed": true}', b'{"node": "' + b"0" * 100_000 + b'"}', b""]
+    for content in files:  # and in a file, as large requests come
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+            open(os.memfd_create("request"), "w+b") as file,
+        ):
+            file.write(content)
+            file.flush()
+            connection.connect(os.fspath(cluster.place.control))
+            socket.send_fds(connection, [b'{"enclosed": true}'], [file.fileno()])
+            connection.settimeout(10)
+            assert json.loads(connection.recv(65536))["message"], content
     for _ in range(20):  # and some that hang up without a word, or before the answer
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.connect(os.fspath(cluster.place.control))
