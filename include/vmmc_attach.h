@@ -36,7 +36,7 @@ struct vmmc_attach_reply {
 /* Daemon to NIC and back, over a socket pair (SOCK_SEQPACKET), one message each. */
 enum vmmc_control_kind {
   VMMC_CONTROL_ATTACH = 1, /* daemon: serve endpoint (index, serial, pid); segments exist by name */
-  VMMC_CONTROL_WAKER = 2,  /* daemon: waker `value` of that endpoint, with one descriptor */
+  VMMC_CONTROL_WAKER = 2,  /* daemon: waker `value` of that endpoint, with one descriptor; none: it was lost, for want of them */
   VMMC_CONTROL_DETACH = 3, /* daemon: its process is gone: deliver what was sent, then end it */
   VMMC_CONTROL_ATTACHED = 8, /* NIC: it serves that endpoint, which may be said several times */
   VMMC_CONTROL_GONE = 4,   /* NIC: nothing refers to that endpoint any more: unlink its segments */

@@ -29,13 +29,31 @@ class Endpoint:
     pid: int
     attach: int  # descriptors: the socket on which it attached,
     pidfd: int  # the process,
-    wakers: dict[int, int] = field(default_factory=dict)  # and what the NIC may write to wake its threads
+    # And what the NIC may write to wake its threads; -1: it was lost, since there were no descriptors.
+    wakers: dict[int, int] = field(default_factory=dict)
     replied: bool = False  # it has been given its segments
     ending: bool = False  # its process is gone; the NIC delivers what it left
 
+    def descriptors(self) -> set[int]:
+        """Those that there are."""
+        return {self.attach, self.pidfd, *self.wakers.values()} - {-1}
+
+    def add_waker(self, number: int, descriptors: list[int]) -> bool:
+        """Takes what came for a waker: one descriptor, or none; False: none."""
+        before, found = self.wakers.get(number, -1), descriptors[0] if descriptors else -1
+        if before >= 0:
+            os.close(before)
+        self.wakers[number] = found
+        return found >= 0
+
+    def waker(self, number: int) -> tuple[int, ...]:
+        """The descriptor of a waker as it is sent on: one, or none."""
+        found = self.wakers[number]
+        return (found,) if found >= 0 else ()
+
     def close(self) -> None:
         """Lets go of its descriptors."""
-        for descriptor in (self.attach, self.pidfd, *self.wakers.values()):
+        for descriptor in self.descriptors():
             os.close(descriptor)
 
 
@@ -56,9 +74,8 @@ class Store:
         """Everything that a daemon of this node needs open."""
         found = {self.listener, self.control, self.nic_control}
         for endpoint in self.endpoints.values():
-            found |= {endpoint.attach, endpoint.pidfd, *endpoint.wakers.values()}
+            found |= endpoint.descriptors()
         return found
-
 
     def close(self) -> None:
         """Lets go of all of them."""
@@ -76,8 +93,22 @@ class Outbox:
         self._loop.watch(connection.fileno(), readable)
 
     def send(self, data: bytes, descriptors: tuple[int, ...] = ()) -> None:
-        """Sends now or as soon as there is room; what waits holds descriptors of its own."""
-        self._waiting.append((data, tuple(os.dup(descriptor) for descriptor in descriptors)))
+        """Sends now or as soon as there is room; what waits holds descriptors of its own.
+
+        Where these cannot be had it goes without them, as if its reader had no room for them.
+        """
+        if not self._waiting:
+            with contextlib.suppress(OSError):  # whatever it is, flush meets it again
+                socket.send_fds(self._connection, [data], descriptors)
+                return
+        held: list[int] = []
+        try:
+            for descriptor in descriptors:
+                held.append(os.dup(descriptor))
+        except OSError:
+            while held:
+                os.close(held.pop())
+        self._waiting.append((data, tuple(held)))
         self.flush()
 
     def tell(self, descriptors: tuple[int, ...] = (), **message: Any) -> None:
@@ -145,14 +176,39 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     if not data:
         return None
     try:
+        message = _message(data)
+    except ValueError:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+    return message, descriptors
+
+
+def _message(data: bytes) -> dict[str, Any]:
+    try:
         message = json.loads(data)
         if not isinstance(message, dict):
             raise ValueError("a message is an object")
     except (ValueError, RecursionError) as error:
-        for descriptor in descriptors:
-            os.close(descriptor)
         raise ValueError(f"{data[:60]!r} is no message: {error}") from None
-    return message, descriptors
+    return message
+
+
+def opened(message: dict[str, Any], descriptors: list[int], most: int) -> dict[str, Any]:
+    """The message itself, where what came says that it is in the file that came along (`enclosed`).
+
+    That descriptor is closed and taken from the list.  ValueError: it is no message, or larger than `most`.
+    """
+    if message.get("enclosed") is not True:
+        return message
+    file = descriptors.pop(0)
+    try:
+        size = os.fstat(file).st_size
+        if size > most:
+            raise ValueError(f"it has {size} bytes, more than {most}")
+        return _message(os.pread(file, size, 0))
+    finally:
+        os.close(file)
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:

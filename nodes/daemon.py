@@ -259,8 +259,8 @@ class Daemon:
         self._tell_losses()
         for endpoint in self._store.endpoints.values():
             self._tell_nic(self._protocol.CONTROL_ATTACH, endpoint, endpoint.pid)
-            for number, descriptor in endpoint.wakers.items():
-                self._tell_nic(self._protocol.CONTROL_WAKER, endpoint, number, (descriptor,))
+            for number in endpoint.wakers:
+                self._tell_nic(self._protocol.CONTROL_WAKER, endpoint, number, endpoint.waker(number))
             if endpoint.ending:
                 self._tell_nic(self._protocol.CONTROL_DETACH, endpoint)
 
@@ -313,6 +313,9 @@ class Daemon:
                 if expelled is not None and not expelled.ending:
                     if not expelled.replied:
                         self._say_no(self._sockets[expelled.attach], message["value"] or errno.EIO)
+                    with contextlib.suppress(OSError):
+                        # Threads that the NIC cannot wake, having no descriptor for that, wait for this, too.
+                        self._sockets[expelled.attach].shutdown(socket.SHUT_RDWR)
                     self._detach(expelled, "is not served any more: the NIC's log says why")
             elif message["kind"] == self._protocol.CONTROL_GONE:
                 self._forget_endpoint(message["serial"])
@@ -498,19 +501,18 @@ class Daemon:
         if (
             request is None
             or request["kind"] != self._protocol.WAKER
-            or len(descriptors) != 1
+            or len(descriptors) > 1
             or request["waker"] > self._protocol.MEMORY
         ):
             log(WARNING, f"{self._name}: pid {endpoint.pid} sent a message that is none")
             for descriptor in descriptors:
                 os.close(descriptor)
             return
-        number, waker = request["waker"], descriptors[0]
-        if number in endpoint.wakers:
-            os.close(endpoint.wakers[number])
-        endpoint.wakers[number] = waker
-        self._tell_supervisor((waker,), what="waker", serial=endpoint.serial, number=number)
-        self._tell_nic(self._protocol.CONTROL_WAKER, endpoint, number, (waker,))
+        number = request["waker"]
+        if not endpoint.add_waker(number, descriptors):
+            log(WARNING, f"{self._name}: no descriptor is left for waker {number} of pid {endpoint.pid}")
+        self._tell_waker(endpoint, number)
+        self._tell_nic(self._protocol.CONTROL_WAKER, endpoint, number, endpoint.waker(number))
 
     def _detach(self, endpoint: Endpoint, how: str) -> None:
         """Its process cannot use it any more: the NIC delivers what was sent and then says GONE."""
@@ -553,6 +555,11 @@ class Daemon:
             (endpoint.attach, endpoint.pidfd),
             what="endpoint", serial=endpoint.serial, index=endpoint.index, pid=endpoint.pid,
         )  # fmt: skip
+
+    def _tell_waker(self, endpoint: Endpoint, number: int) -> None:
+        self._tell_supervisor(
+            endpoint.waker(number), what="waker", serial=endpoint.serial, number=number
+        )
 
     def _hear_supervisor(self) -> None:
         """A wire has changed, or a node has lost its power; or the supervisor was killed."""
@@ -638,8 +645,8 @@ class Daemon:
         )  # fmt: skip
         for endpoint in store.endpoints.values():
             self._tell_endpoint(endpoint)
-            for number, waker in endpoint.wakers.items():
-                self._tell_supervisor((waker,), what="waker", serial=endpoint.serial, number=number)
+            for number in endpoint.wakers:
+                self._tell_waker(endpoint, number)
             for told, what in ((endpoint.replied, "replied"), (endpoint.ending, "ending")):
                 if told:
                     self._tell_supervisor(what=what, serial=endpoint.serial)

@@ -48,6 +48,8 @@ _START_TIMEOUT_S = 60.0
 _DAEMON_YOUNG_S = 1.0
 _DAEMON_BACKOFF_S = (0.05, 0.2, 1.0, 5.0)
 
+_MESSAGE_MOST = 2000  # characters of an error: what a socket's message certainly has room for
+
 # More endpoints than a daemon can have attached of which no supervisor was told.
 _SERIALS_UNKNOWN = 1 << 20
 
@@ -232,14 +234,15 @@ class Supervisor:
     def _fork_daemon(self, node: Node) -> None:
         if node.off or node.store is None:
             return  # killed since its successor was planned
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         node.started = time.monotonic()
+        ends: tuple[socket.socket, ...] = ()
         try:
+            ours, theirs = ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             pid = os.fork()
         except OSError as error:
             log(ERROR, f"{node.name} cannot have a daemon: {error.strerror}; another try follows")
-            ours.close()
-            theirs.close()
+            for each in ends:
+                each.close()
             self._loop.call_later(_DAEMON_BACKOFF_S[-1], lambda: self._fork_daemon(node))
             return
         if not pid:
@@ -300,21 +303,25 @@ class Supervisor:
                 node.store.nic_pid = message["pid"]
             case "endpoint":
                 serial = message["serial"]
-                endpoints[serial] = Endpoint(
-                    serial, message["index"], message["pid"], descriptors[0], descriptors[1]
-                )
                 node.store.last_serial = max(serial, node.store.last_serial)
-            case "waker":
-                endpoint = endpoints[message["serial"]]
-                if message["number"] in endpoint.wakers:
-                    os.close(endpoint.wakers[message["number"]])
-                endpoint.wakers[message["number"]] = descriptors[0]
-            case "replied":
+                if len(descriptors) == 2:
+                    attach, pidfd = descriptors
+                    endpoints[serial] = Endpoint(serial, message["index"], message["pid"], attach, pidfd)
+                    return True
+                log(ERROR, f"{node.name}: no descriptor is left for pid {message['pid']}")
+            case "waker" if message["serial"] in endpoints:
+                number = message["number"]
+                if not endpoints[message["serial"]].add_waker(number, descriptors):
+                    log(WARNING, f"{node.name}: no descriptor is left for a program's waker {number}")
+                return True
+            case "replied" if message["serial"] in endpoints:
                 endpoints[message["serial"]].replied = True
-            case "ending":
+            case "ending" if message["serial"] in endpoints:
                 endpoints[message["serial"]].ending = True
-            case "gone":
+            case "gone" if message["serial"] in endpoints:
                 endpoints.pop(message["serial"]).close()
+        for descriptor in descriptors:  # of what cannot be kept, or of what was not kept before
+            os.close(descriptor)
         return True
 
     def _daemon_ended(self, node: Node, how: str) -> None:
@@ -505,6 +512,7 @@ class Supervisor:
                 self._drop_control(connection)
                 return
             message, descriptors = received
+            message = channel.opened(message, descriptors, lifecycle.REQUEST_BYTES_MOST)
             answer = self._answer(connection, message, descriptors)
         except BlockingIOError:
             return
@@ -520,6 +528,8 @@ class Supervisor:
             return  # answered later, or no request any more
         for descriptor in descriptors:
             os.close(descriptor)
+        if "message" in answer:  # which may quote what was asked, at its length
+            answer["message"] = str(answer["message"])[:_MESSAGE_MOST]
         channel.send(connection, **answer)
 
     def _drop_control(self, connection: socket.socket) -> None:

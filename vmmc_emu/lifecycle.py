@@ -121,12 +121,21 @@ def start(place: ClusterPaths, nodes: int, *, owned: bool = False, profile: str 
     with open(report, "rb") as file:
         answer = _read_answer(file.fileno())
     if answer.get("ready"):
-        if changes:
-            _change_wires(place, changes)
+        try:
+            if changes:
+                _change_wires(place, changes)
+        except BaseException:  # also an interruption: whoever asked has no cluster that they could end
+            stop(place)
+            _reap(pid)
+            raise
         return pid
+    _reap(pid)
+    raise ClusterError(answer["error"])
+
+
+def _reap(pid: int) -> None:
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
-    raise ClusterError(answer["error"])
 
 
 def _changes_of(profile: str, nodes: int) -> list[Change]:
@@ -204,6 +213,11 @@ def answer(**fields: Any) -> bytes:
 
 SUPERVISOR_TIMEOUT_S = 10.0  # in which one that was killed has a successor
 
+# A request that is larger than this goes in a file, as a socket's message has to fit its buffer; and one that
+# is larger than that does not go at all.  A partition of 1024 nodes into as many groups has 6 MB.
+ENCLOSED_BYTES = 32 << 10
+REQUEST_BYTES_MOST = 32 << 20
+
 
 def is_off(place: ClusterPaths, node: int) -> str:
     """Says that a node is off, and what can be done."""
@@ -217,13 +231,28 @@ def ask_supervisor(
 
     While a supervisor that was killed has no successor yet, it waits for that.
     """
+    data = json.dumps(message).encode()
+    if len(data) <= ENCLOSED_BYTES:
+        return _ask_supervisor(place, data, descriptors)
+    if len(data) > REQUEST_BYTES_MOST:
+        raise ClusterError(
+            f"the request has {limits.mebibytes(len(data))}, and"
+            f" {limits.mebibytes(REQUEST_BYTES_MOST)} is the most that one can have: ask in parts"
+        )
+    with os.fdopen(os.memfd_create("request"), "wb") as file:
+        file.write(data)
+        file.flush()
+        return _ask_supervisor(place, b'{"enclosed": true}', [file.fileno(), *descriptors])
+
+
+def _ask_supervisor(place: ClusterPaths, data: bytes, descriptors: Sequence[int]) -> dict[str, Any]:
     deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.settimeout(START_TIMEOUT_S)
             try:
                 connection.connect(os.fspath(place.control))
-                socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
+                socket.send_fds(connection, [data], descriptors)
                 answer = connection.recv(65536)
                 break
             except TimeoutError:

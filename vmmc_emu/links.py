@@ -284,9 +284,16 @@ def partition(place: ClusterPaths, groups: Sequence[Sequence[int]]) -> None:
 
 def heal(place: ClusterPaths) -> None:
     """Mends every wire that is down; their other settings stay."""
-    cut = [pair for pair, wire in wires.present(place).items() if not wire.up]
-    if cut:
-        wires.change(place, [Change([a], [b], {"up": True}) for a, b in cut])
+    cut: dict[int, list[int]] = {}
+    for (sender, receiver), wire in sorted(wires.present(place).items()):
+        if not wire.up:
+            cut.setdefault(sender, []).append(receiver)
+    # A partition left as many different ones as it had groups.
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for sender, receivers in cut.items():
+        alike.setdefault(tuple(receivers), []).append(sender)
+    if alike:
+        wires.change(place, [Change(senders, to, {"up": True}) for to, senders in alike.items()])
 
 
 # ---- profiles ----

@@ -223,10 +223,17 @@ static void memory_descriptor(struct endpoint *e, int fd) {
 
 void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd) {
   struct endpoint *e = endpoint_find(index, serial);
-  if (!e || number > VMMC_MEMORY || fd < 0) {
+  if (!e || number > VMMC_MEMORY) {
     /* Of one that could not be attached (again), whose sleeper is to see that. */
-    if (!e && number < VMMC_MEMORY && wake_is_harmless(fd)) wake_descriptor(fd);
+    if (!e && number < VMMC_MEMORY && fd >= 0 && wake_is_harmless(fd)) wake_descriptor(fd);
     if (fd >= 0) close(fd);
+    return;
+  }
+  if (fd < 0) {
+    /* It was lost on the way, or here, for want of descriptors.  Each number is one descriptor's for good: one that
+     * is here already is meant.  Without the program's memory its bytes go through the default buffers. */
+    if (number == VMMC_MEMORY || e->waker[number] >= 0) return;
+    e->wrong = "no descriptor is left for one of its sleeping threads";
     return;
   }
   if (number == VMMC_MEMORY) {

@@ -22,7 +22,7 @@ import pytest
 from vmmc_emu.nodes import journal
 
 import vmmc_emu
-from vmmc_emu import Cluster, ClusterError, processes, wires
+from vmmc_emu import Cluster, ClusterError, power, processes, wires
 from vmmc_emu.paths import lock_path, native_file
 
 Cli = Any  # conftest.Cli
@@ -220,6 +220,37 @@ def test_a_node_that_loses_daemon_and_supervisor_together(cluster: Cluster) -> N
     client.end()
 
 
+def test_wires_and_power_that_change_before_daemons_have_joined_the_successor(cluster: Cluster) -> None:
+    """They are told when they join."""
+    server = cluster.node(1).submit(echo, 9215)
+    cluster.node(1).wait_for_port(9215)
+    client = Client(cluster, 0, 1, 9215)
+    daemons = [node["daemon_pid"] for node in cluster.status()["nodes"]]
+
+    def unheard(by: list[int], change: Callable[[], Any]) -> None:
+        supervisor = cluster.status()["supervisor_pid"]
+        for node in by:  # another one starts the successor
+            os.kill(daemons[node], signal.SIGSTOP)
+        kill(supervisor)
+        change()
+        for node in by:
+            os.kill(daemons[node], signal.SIGCONT)
+
+    unheard([0, 1], cluster.link(0, 1).down)
+    client.write("held")
+    until(lambda: cluster.link(0, 1).counters()[0, 1]["wire_dropped"], cluster.logs)
+    until(lambda: cluster.logs().count("has joined") == 3, cluster.logs)
+    unheard([0, 1], cluster.link(0, 1).up)
+    assert client.read() == "held"
+    until(lambda: cluster.logs().count("has joined") == 6, cluster.logs)
+    unheard([0], cluster.node(1).kill)
+    until(lambda: "ESTAB" not in [each.state for each in cluster.node(0).sockets()], cluster.logs)
+    assert client.exchange("gone") == str(errno.ETIMEDOUT)
+    with pytest.raises(ChildProcessError):
+        server.result(timeout=20)
+    client.end()
+
+
 # ---- whole nodes ----
 
 
@@ -328,6 +359,34 @@ def test_a_lost_node_that_comes_back_while_its_peers_nic_is_dead(cluster: Cluste
     for each in (client, again):
         each.end()
     server.result(timeout=20)
+
+
+def test_a_supervisor_that_is_killed_while_a_node_loses_its_power(
+    cluster: Cluster, segments: Segments
+) -> None:
+    """Its successor does the rest: what is on no node that is on does not go on."""
+    server = cluster.node(1).submit(echo, 9216)
+    cluster.node(1).wait_for_port(9216)
+    client = Client(cluster, 0, 1, 9216)
+    before = cluster.status()
+    (port,) = cluster.node(1).sockets()[:1]
+    ending = [os.pidfd_open(before["nodes"][1][kind]) for kind in ("daemon_pid", "nic_pid")]
+    ending.append(os.pidfd_open(port.pid))
+    # As if it had been killed when it had written down what it was about to do.
+    was = power.read(cluster.place, 1)
+    power.write(cluster.place, 1, power.Power(False, was.boot, was.last_serial + 10))
+    kill(before["supervisor_pid"])
+    for descriptor in ending:
+        poll_end(descriptor)
+    with pytest.raises(ChildProcessError):
+        server.result(timeout=20)
+    assert client.exchange("after") == str(errno.ETIMEDOUT)
+    until(lambda: not [name for name in segments(cluster.name) if ".node1." in name], cluster.logs)
+    assert cluster.status()["nodes"][1]["state"] == "off"
+    cluster.node(1).start()
+    assert cluster.node(1).run(["true"], check=True).returncode == 0
+    assert cluster.status()["state"] == "up"
+    client.end()
 
 
 def test_power_from_the_command_line(cli: Cli) -> None:
@@ -524,6 +583,18 @@ def test_nonsense_to_the_supervisor_gets_an_error_and_harms_nobody(cluster: Clus
             connection.settimeout(10)
             answer = json.loads(connection.recv(65536))
             assert answer["message"], message
+    files = [*messages, b'{"enclosed": true}', b'{"node": "' + b"0" * 100_000 + b'"}', b""]
+    for content in files:  # and in a file, as large requests come
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection,
+            open(os.memfd_create("request"), "w+b") as file,
+        ):
+            file.write(content)
+            file.flush()
+            connection.connect(os.fspath(cluster.place.control))
+            socket.send_fds(connection, [b'{"enclosed": true}'], [file.fileno()])
+            connection.settimeout(10)
+            assert json.loads(connection.recv(65536))["message"], content
     for _ in range(20):  # and some that hang up without a word, or before the answer
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.connect(os.fspath(cluster.place.control))

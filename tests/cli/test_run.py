@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from vmmc_emu import Cluster
@@ -494,6 +496,38 @@ def test_publish_detached(up: Cli, running: Cluster) -> None:
         except ConnectionResetError:
             continue  # just as it ended
     pytest.fail("the relay outlives its program")
+
+
+def test_publish_to_more_clients_than_there_are_descriptors(up: Cli) -> None:
+    """Who finds no room waits until others have left, and these go on."""
+    program = up.popen("run", "--node", 1, "--publish", "0:7007", "--", sys.executable, "-c", ECHO)
+    assert program.stdout.readline() == "ready\n"
+    port = published_port(program.stderr.readline())
+    assert exchange(port, b"before") == b"beforeend"  # it has raised its limit by then
+    (relay,) = (each for each in psutil.Process(program.pid).children() if "relay" in each.cmdline()[0])
+    # Two a client: it has none left when the fifth comes.
+    held = {int(name) for name in os.listdir(f"/proc/{relay.pid}/fd")}
+    limit = list(itertools.islice((n for n in itertools.count() if n not in held), 9))[-1]
+    relay.rlimit(psutil.RLIMIT_NOFILE, (limit, limit))
+    with contextlib.ExitStack() as stack:
+        waiting = []
+        for _ in range(20):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            connection.sendall(b"x")
+            waiting.append(connection)
+        answered = []
+        for connection in waiting:
+            # Some find room for one socket and not for the other that they need: they are reset.
+            with contextlib.suppress(ConnectionResetError):
+                answered.append(connection.recv(1))
+                if len(answered) == 1:
+                    assert connection.send(b"y") == 1
+                    assert connection.recv(1) == b"y"
+            connection.close()
+    assert answered[0] == b"x"
+    assert exchange(port, b"after") == b"afterend"
+    program.terminate()
+    program.communicate(timeout=20)
 
 
 def test_publish_a_port_that_nobody_listens_on(up: Cli) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -82,6 +85,20 @@ for line in sys.stdin:
 """
 
 
+def lowest_free(pid: int) -> int:
+    """The descriptor that a process would get next."""
+    held = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    return next(number for number in range(len(held) + 1) if number not in held)
+
+
+def until(condition: Callable[[], Any], cluster: Cluster) -> None:
+    """Waits until something is so."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, cluster.logs()
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("who", ["daemon_pid", "nic_pid"])
 def test_no_descriptors_for_another_program(two_nodes: Cluster, who: str) -> None:
     """Whoever attaches is refused with EMFILE at once; who was attached goes on; with room all is well."""
@@ -97,8 +114,7 @@ def test_no_descriptors_for_another_program(two_nodes: Cluster, who: str) -> Non
         honest.stdin.write("before\n")
         honest.stdin.flush()
         assert honest.stdout.readline() == "before\n"
-        held = sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
-        free = next(number for number in range(len(held) + 1) if number not in held)
+        free = lowest_free(pid)
         for more in range(4):  # the next descriptor is too many, and so is the one after, …
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (free + more, limit[1]))
             refused = node.run([sys.executable, "-c", ATTACH], timeout=TIMEOUT_S)
@@ -189,3 +205,83 @@ def test_a_first_word_from_a_node_when_there_is_no_descriptor(vmmc_cluster: Call
             if process:
                 process.kill()
                 process.communicate()
+
+
+# Asleep for good, but for what the NIC does: in poll beside a kernel descriptor.
+SLEEP = f"""
+import errno, os, select, socket, sys, threading
+listener = socket.create_server(("", {PORT + 4}))
+one = socket.create_connection(("node0", {PORT + 4}))
+other = listener.accept()[0]
+print("ready", flush=True)
+sys.stdin.readline()
+pipe, _ = os.pipe()
+poll = select.poll()
+poll.register(other, select.POLLIN)
+poll.register(pipe, select.POLLIN)
+def listen():
+    if sys.stdin.readline(): one.sendall(b"x")
+threading.Thread(target=listen, daemon=True).start()
+print([number for number, _ in poll.poll()] == [other.fileno()])
+def code(call):
+    try: return call()
+    except OSError as error: return errno.errorcode[error.errno]
+print(code(lambda: other.recv(1)), code(lambda: socket.create_server(("", 0))) == "ENETDOWN", flush=True)
+"""
+
+
+@pytest.mark.parametrize("who", ["daemon_pid", "nic_pid"])
+def test_no_descriptor_to_wake_a_thread_by(two_nodes: Cluster, who: str) -> None:
+    """It would sleep for ever: its program is detached, and told so; the next one is well."""
+    pipe = subprocess.PIPE
+    node = two_nodes.node(0)
+    sleeper = node.popen([sys.executable, "-c", SLEEP], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    pid = two_nodes.status()["nodes"][0][who]
+    assert pid is not None
+    limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    try:
+        assert sleeper.stdout is not None
+        assert sleeper.stdout.readline() == "ready\n"
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free(pid), limit[1]))
+        assert sleeper.stdin is not None
+        sleeper.stdin.write("go\n")
+        sleeper.stdin.flush()
+        assert sleeper.stdout.readline() == "True\n"
+        assert sleeper.stdout.readline() == "ECONNRESET True\n"
+        _, errors = sleeper.communicate("", timeout=TIMEOUT_S)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+        sleeper.kill()
+        sleeper.communicate()
+    assert len(errors.splitlines()) == 1, errors
+    assert "no descriptor is left for one of its sleeping threads" in errors
+    assert node.run([sys.executable, "-c", ATTACH], timeout=TIMEOUT_S).stdout == "attached\n"
+
+
+def test_a_waker_that_a_supervisor_had_no_room_for(two_nodes: Cluster) -> None:
+    """The next daemon has none to give; the NIC has it, and the thread is woken."""
+    pipe = subprocess.PIPE
+    node = two_nodes.node(0)
+    sleeper = node.popen([sys.executable, "-c", SLEEP], stdin=pipe, stdout=pipe, text=True)
+    supervisor = two_nodes.status()["supervisor_pid"]
+    assert supervisor is not None
+    limit = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+    try:
+        assert sleeper.stdin is not None
+        assert sleeper.stdout is not None
+        assert sleeper.stdout.readline() == "ready\n"
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (lowest_free(supervisor), limit[1]))
+        sleeper.stdin.write("go\n")
+        sleeper.stdin.flush()
+        until(lambda: "no descriptor is left for a program's waker" in two_nodes.logs(), two_nodes)
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limit)
+        daemon = two_nodes.status()["nodes"][0]["daemon_pid"]
+        assert daemon is not None
+        os.kill(daemon, signal.SIGKILL)
+        until(lambda: "takes over from one that died: NIC" in node.logs(), two_nodes)
+        out, _ = sleeper.communicate("send\n", timeout=TIMEOUT_S)
+        assert out == "True\nb'x' False\n"
+    finally:
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limit)
+        sleeper.kill()
+        sleeper.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import subprocess
@@ -133,6 +134,33 @@ def test_a_partition_and_its_end(cluster: Cluster) -> None:
         assert words in done.stderr
 
 
+def test_more_changes_at_once_than_a_message_holds(tmp_path: Path) -> None:
+    """A profile that names each link of a large cluster, its halves, a group a node, and heal."""
+    nodes = 48
+    pairs = [(a, b) for a in range(nodes) for b in range(a)]
+    profile = tmp_path / "each.toml"
+    profile.write_text(
+        "".join(f'[[link]]\nbetween = ["{a}", "{b}"]\ndelay = "{a * nodes + b}us"\n' for a, b in pairs)
+    )
+    expected = {pair: Wire(delay_ns=(a * nodes + b) * 1000) for a, b in pairs for pair in ((a, b), (b, a))}
+    with Cluster(nodes=nodes, name=f"test-{secrets.token_hex(6)}", profile=str(profile)) as cluster:
+        assert wires.present(cluster.place) == expected
+        for groups in ((range(24), range(24, 48)), [[node] for node in range(nodes)]):
+            cluster.partition(*groups)
+            cut = {pair for pair, wire in wires.present(cluster.place).items() if not wire.up}
+            within = {pair for group in groups for pair in itertools.permutations(group, 2)}
+            assert cut == expected.keys() - within
+            cluster.heal()
+            assert wires.present(cluster.place) == expected
+        # The last of many is wrong: none is done.  Far more than is reasonable is refused as what it is.
+        many = [wires.Change([0], [1], {"up": False})] * 5000
+        with pytest.raises(ClusterError, match="no node 99"):
+            wires.change(cluster.place, [*many, wires.Change([0], [99], {"up": False})])
+        with pytest.raises(ClusterError, match="ask in parts"):
+            wires.change(cluster.place, [wires.Change([0], [1], {"x" * (33 << 20): 1})])
+        assert wires.present(cluster.place) == expected
+
+
 def test_programs_on_both_sides_of_a_partition(cluster: Cluster) -> None:
     """Who is on the same side goes on; who is not gets through again after the end of it."""
     code = "import socket; s = socket.create_server(('0.0.0.0', 7000)); print('ready', flush=True)\n"
@@ -186,6 +214,15 @@ def test_profiles(tmp_path: Path) -> None:
         assert done.returncode != 0
         assert "mine.toml" in done.stderr
         assert words in done.stderr
+    # Each can be, and both together cannot: known when it is up, and it is down again then.
+    file.write_text(
+        '[all]\ndelay = "2ms"\njitter = "2ms"\n[[link]]\nbetween = ["0", "1"]\ndelay = "1ms"\n'
+    )
+    done = subprocess.run(up, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "jitter" in done.stderr
+    with pytest.raises(ClusterError, match="is not up"):
+        Cluster.running(name)
     up[-1] = "no"
     done = subprocess.run(up, capture_output=True, text=True, timeout=60, check=False)
     assert "lan-1gbit" in done.stderr

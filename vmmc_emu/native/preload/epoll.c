@@ -207,7 +207,7 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
     }
     everything = false;
     if (vmmc_idle_poll(idle)) continue;
-    struct pollfd in_kernel[2] = {{.fd = epoll_fd, .events = POLLIN}};
+    struct pollfd in_kernel[1 + SET_SLEEP_OURS] = {{.fd = epoll_fd, .events = POLLIN}};
     set_sleep(set, kernel ? in_kernel : NULL, 1, kicks, deadline_ns, since);
     vmmc_idle_woken(idle);
     everything = true;

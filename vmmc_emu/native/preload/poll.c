@@ -20,7 +20,7 @@ struct look {
   struct pollfd *set; /* the program's */
   nfds_t count;
   struct file **files;   /* of each entry, held; NULL: the kernel's */
-  struct pollfd *kernel; /* the kernel's part, entries of ours with -1; room for one more */
+  struct pollfd *kernel; /* the kernel's part, entries of ours with -1; room for SET_SLEEP_OURS more */
   nfds_t ours, theirs, nested;
   uint32_t dissolved; /* connections of ours that were given up before the look, in all: see own_words */
   bool tells_closed; /* poll: of a number that was closed meanwhile; select knows no such answer */
@@ -204,7 +204,7 @@ static void call_end(void *context) {
 /* poll over a set that has some of ours in it. deadline_ns 0: only look. */
 static int poll_ours(struct pollfd *set, nfds_t count, uint64_t deadline_ns, const sigset_t *mask, bool tells_closed) {
   struct file *few_files[ON_STACK];
-  struct pollfd few_kernel[ON_STACK + 1];
+  struct pollfd few_kernel[ON_STACK + SET_SLEEP_OURS];
   struct call call; /* no initialiser: it would clear `before` each time */
   struct look *look = &call.look;
   call.look = (struct look){.set = set, .files = few_files, .kernel = few_kernel, .tells_closed = tells_closed};
@@ -212,7 +212,7 @@ static int poll_ours(struct pollfd *set, nfds_t count, uint64_t deadline_ns, con
   call.mask = NULL;
   AT_END(ended, call_end, &call);
   if (count > ON_STACK) {
-    call.memory = malloc(count * sizeof(struct file *) + (count + 1) * sizeof(struct pollfd));
+    call.memory = malloc(count * sizeof(struct file *) + (count + SET_SLEEP_OURS) * sizeof(struct pollfd));
     if (!call.memory) {
       errno = ENOMEM;
       return -1;

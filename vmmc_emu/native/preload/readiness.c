@@ -402,8 +402,12 @@ static bool wait_on_words(struct instance *set, const _Atomic uint32_t *group, u
   return true;
 }
 
-static void wait_in_poll(struct pollfd *kernel, nfds_t count, uint64_t deadline_ns, struct wait_signals since,
-                         int waker) {
+/* The daemon has hung up on an endpoint that is served as far as we know: the cluster has ended without us. */
+static _Atomic bool hung_up;
+
+static void wait_in_poll(struct endpoint *e, struct pollfd *kernel, nfds_t count, uint64_t deadline_ns,
+                         struct wait_signals since, int waker) {
+  struct pollfd *attach = NULL;
   /* All wakers in use (more than 64 threads sleep like this): look again every 10 ms. */
   uint64_t now = vmmc_now_ns(), limit = waker < 0 ? now + 10000000 : WAIT_FOREVER;
   if (deadline_ns < limit) limit = deadline_ns;
@@ -413,8 +417,16 @@ static void wait_in_poll(struct pollfd *kernel, nfds_t count, uint64_t deadline_
     kernel[count++] = (struct pollfd){.fd = atomic_load(&wakers.fd[waker]) - 1, .events = POLLIN};
     sleeping_fd = kernel[count - 1].fd;
     atomic_signal_fence(memory_order_seq_cst); /* from here a handler writes to it: none is missed */
+    /* A NIC that has no descriptor for the waker detaches us, and cannot wake us by it: the daemon hangs up. */
+    if (e && !endpoint_detached(e) && !atomic_load_explicit(&hung_up, memory_order_relaxed)) {
+      attach = &kernel[count++];
+      *attach = (struct pollfd){.fd = e->attach_fd};
+    }
   }
-  if (!wait_interrupted(since, true)) REAL(ppoll)(kernel, count, limit == WAIT_FOREVER ? NULL : &timeout, NULL);
+  if (wait_interrupted(since, true)) return;
+  int ready = REAL(ppoll)(kernel, count, limit == WAIT_FOREVER ? NULL : &timeout, NULL);
+  if (ready > 0 && attach && attach->revents && !endpoint_detached(e))
+    atomic_store_explicit(&hung_up, true, memory_order_relaxed);
 }
 
 /* A thread's sleep in a set, to be undone when it is over, by a cancellation as well. */
@@ -445,7 +457,7 @@ static void set_awake(void *sleeper) {
 
 void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint32_t kicks, uint64_t deadline_ns,
                struct wait_signals since) {
-  struct pollfd none[1];
+  struct pollfd none[SET_SLEEP_OURS];
   struct endpoint *e = endpoint_current();
   struct vmmc_group_app *group = e && set->has_group ? &app_header(e)->group[set->group] : NULL;
   const _Atomic uint32_t *word = group ? &nic_header(e)->group_wake[set->group] : NULL;
@@ -468,7 +480,7 @@ void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint32
   if (!set_look(set) && !wait_interrupted(since, true) && atomic_load(&set->kicks) == kicks) {
     if (e) atomic_fetch_add_explicit(&app_header(e)->counters.app_sleeps, 1, memory_order_relaxed);
     if (on_words) wait_on_words(set, word, value, kicks, deadline_ns, since);
-    else wait_in_poll(kernel ? kernel : none, kernel ? count : 0, deadline_ns, since, waker);
+    else wait_in_poll(e, kernel ? kernel : none, kernel ? count : 0, deadline_ns, since, waker);
   }
   sleeper.returns = true;
 }
@@ -554,4 +566,5 @@ void readiness_fork_child(void) {
   }
   atomic_store(&wakers.busy, 0);
   sleeping_fd = -1;
+  atomic_store(&hung_up, false);
 }

@@ -99,8 +99,10 @@ void set_clear_list(struct instance *set);
 /* This process changed what the set's sleepers sleep on: they look at it again. */
 void set_kick(struct instance *set);
 
-/* Sleeps until an item may be ready, one of the `count` kernel descriptors is (kernel has room for one
- * more; NULL: none), the deadline is over, a handler ran since `since`, or the set was kicked since `kicks`
+enum { SET_SLEEP_OURS = 2 }; /* descriptors that set_sleep adds to the caller's */
+
+/* Sleeps until an item may be ready, one of the `count` kernel descriptors is (kernel has room for
+ * SET_SLEEP_OURS more; NULL: none), the deadline is over, a handler ran since `since`, or the set was kicked since `kicks`
  * was read: before the caller decided what to sleep on. */
 void set_sleep(struct instance *set, struct pollfd *kernel, nfds_t count, uint32_t kicks, uint64_t deadline_ns,
                struct wait_signals since);
