@@ -108,6 +108,7 @@ static void handlers(void) {
 
     struct pair q = pair();
     CHECK(send(q.b, "hello", 5, 0) == 5);
+    arrives(q.a);
     w = (struct waiter){.call = in_recv_all, .fd = q.a};
     start(&w), wait_for_sleep(&w);
     CHECK(pthread_kill(w.thread, SIGUSR1) == 0);
