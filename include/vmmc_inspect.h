@@ -25,6 +25,10 @@ extern "C" {
  * limits: "nodes", "endpoints", "ring", "heap".  0: no such thing. */
 VMMC_API uint64_t vmmc_layout_size(const char *what);
 
+/* Not an observer's: says to the process whose `.nic` segment is in that file that the NIC that served it is gone for
+ * good, and why, and ends its VMMC calls (ENETDOWN).  Only who took the node away may; 0, or -1 with errno set. */
+VMMC_API int vmmc_tell_gone(const char *path, const char *why);
+
 struct vmmc_counter {
   const char *name;    /* static */
   const char *meaning; /* static, one line */

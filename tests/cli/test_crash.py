@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -335,6 +336,41 @@ def test_sleeping_readers_and_connects_hear_of_a_lost_node(cluster: Cluster) -> 
     assert reader.result(timeout=10) == errno.ETIMEDOUT
     assert connecting.result(timeout=10) in (errno.ETIMEDOUT, errno.EHOSTUNREACH)
     server.kill()
+
+
+def test_visitors_hear_that_their_node_is_gone(cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
+    """What they wait for without a timeout ends, with their node's power and with the cluster."""
+
+    def ends_with(end: Callable[[], None]) -> None:
+        here = vmmc_emu.attach(1, cluster=cluster.name)
+        export = here.export(here.alloc(4096), "page")
+        calls: list[Callable[[], object]] = [export.notification, lambda: here.import_(0, "page")]
+        found: list[int | None] = []
+
+        def call(wait: Callable[[], object]) -> None:
+            try:
+                wait()
+            except OSError as error:
+                found.append(error.errno)
+
+        threads = [threading.Thread(target=call, args=(each,), daemon=True) for each in calls]
+        for thread in threads:
+            thread.start()
+        tasks = [Path(f"/proc/self/task/{thread.native_id}/stat") for thread in threads]
+        until(lambda: {task.read_text().rpartition(")")[2].split()[0] for task in tasks} == {"S"})
+        end()
+        for thread in threads:
+            thread.join(20)
+        assert found == [errno.ENETDOWN] * 2
+        with pytest.raises(OSError, match="its node is gone"):
+            here.export(here.alloc(4096), "another")
+        here.detach()
+
+    cluster.link(0, 1).set(unreachable="1000s").down()  # so that an import waits
+    ends_with(cluster.node(1).kill)
+    assert "from node1 and has no network any more: the node has lost its power\n" in capfd.readouterr().err
+    cluster.node(1).start()
+    ends_with(cluster.stop)
 
 
 def test_a_lost_node_that_comes_back_while_its_peers_nic_is_dead(cluster: Cluster) -> None:
