@@ -660,6 +660,33 @@ def test_a_stopped_supervisor_holds_up_nobody(cluster: Cluster) -> None:
     until(lambda: not [s for s in cluster.place.segments() if ".ep" in s], cluster.logs)
 
 
+def test_programs_that_no_supervisor_had_heard_of_when_their_daemon_died(
+    cluster: Cluster, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody has what their next daemon would need: they are told, and those who come have their places."""
+    status = cluster.status()
+    os.kill(status["supervisor_pid"], signal.SIGSTOP)
+    try:
+        attached = [vmmc_emu.attach(0, cluster=cluster.name) for _ in range(400)]
+        first, last = (each.export(each.alloc(4096), f"page {i}") for i, each in enumerate(attached[::399]))
+        kill(status["nodes"][0]["daemon_pid"])
+    finally:
+        os.kill(status["supervisor_pid"], signal.SIGCONT)
+    with pytest.raises(OSError, match="serves this program no more") as raised:
+        last.notification()
+    assert raised.value.errno == errno.ENETDOWN
+    assert "its daemon was killed before anybody else knew of it" in capfd.readouterr().err
+    with vmmc_emu.attach(1, cluster=cluster.name) as peer:
+        peer.import_(0, "page 0", timeout_ms=5000).send(peer.alloc(8), notify=True)
+        assert first.notification(5000).length == 8
+    until(lambda: len([s for s in cluster.place.segments() if s.endswith(".nic")]) < 400, cluster.logs)
+    attached += [vmmc_emu.attach(0, cluster=cluster.name) for _ in range(10)]
+    for each in attached:
+        each.detach()
+    until(lambda: not [s for s in cluster.place.segments() if ".ep" in s], cluster.logs)
+    assert cluster.status()["nodes"][0]["nic_pid"] == status["nodes"][0]["nic_pid"]
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 def test_another_user_can_open_nothing(cluster: Cluster) -> None:
     """No segment, file or socket of a cluster, whatever it is for."""

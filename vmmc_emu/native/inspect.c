@@ -28,6 +28,7 @@ uint64_t vmmc_layout_size(const char *what) {
       {"own", 64ull << 20},
       {"state", 64ull << 20},
       {"pub", (sizeof(struct vmmc_pub) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE},
+      {"served", offsetof(struct vmmc_pub, endpoint)},
       {"door", (sizeof(struct vmmc_door) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE},
       {"magic", VMMC_MAGIC},
       {"version", VMMC_LAYOUT_VERSION},
