@@ -21,7 +21,7 @@
  *   ENOBUFS       a send's data is in place, but the owner's ring of notifications is full
  *   EHOSTUNREACH  the cluster has no such node, or it is off
  *   ECONNRESET    the buffer was unexported, or this endpoint has ended
- *   ENETDOWN      the NIC serves this program no more; stderr has a line that says why
+ *   ENETDOWN      the NIC serves this program no more, or is gone with its node; stderr has a line that says why
  *   ETIMEDOUT     it lasted longer than timeout_ms; EINTR: a signal handler ran meanwhile
  *   EBADF         this process is a child of fork: the endpoint is its parent's
  *

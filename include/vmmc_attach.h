@@ -37,7 +37,8 @@ struct vmmc_attach_reply {
 enum vmmc_control_kind {
   VMMC_CONTROL_ATTACH = 1, /* daemon: serve endpoint (index, serial, pid); segments exist by name */
   VMMC_CONTROL_WAKER = 2,  /* daemon: waker `value` of that endpoint, with one descriptor; none: it was lost, for want of them */
-  VMMC_CONTROL_DETACH = 3, /* daemon: its process is gone: deliver what was sent, then end it */
+  VMMC_CONTROL_DETACH = 3, /* daemon: its process is gone: deliver what was sent, then end it.  `value` 1: no daemon
+                              knows it any more, whether it lives or not: end it, and tell it so */
   VMMC_CONTROL_ATTACHED = 8, /* NIC: it serves that endpoint, which may be said several times */
   VMMC_CONTROL_GONE = 4,   /* NIC: nothing refers to that endpoint any more: unlink its segments */
   VMMC_CONTROL_READY = 5,  /* NIC: serving */
@@ -50,7 +51,8 @@ struct vmmc_control {
   uint32_t kind; /* enum vmmc_control_kind */
   uint32_t endpoint;
   uint32_t serial;
-  int32_t value; /* ATTACH: pid; WAKER: number; READY: NIC's pid; LOST: node; EXPELLED: errno */
+  int32_t value; /* ATTACH: pid; WAKER: number; READY: NIC's pid; LOST: node; EXPELLED: errno;
+                    DETACH: 0, or 1 */
 };
 
 /*

@@ -22,8 +22,13 @@ extern "C" {
 
 /* Bytes of a segment: "app", "nic", "own" (of an endpoint), "pub", "door", "state" (of a node); the app
  * and nic sizes are address space, committed as used.  Also "magic" and "version" of the layout, and
- * limits: "nodes", "endpoints", "ring", "heap".  0: no such thing. */
+ * limits: "nodes", "endpoints", "ring", "heap"; and where in "pub" the serials of the endpoints that are "served"
+ * lie.  0: no such thing. */
 VMMC_API uint64_t vmmc_layout_size(const char *what);
+
+/* Not an observer's: says to the process whose `.nic` segment is in that file that the NIC that served it is gone for
+ * good, and why, and ends its VMMC calls (ENETDOWN).  Only who took the node away may; 0, or -1 with errno set. */
+VMMC_API int vmmc_tell_gone(const char *path, const char *why);
 
 struct vmmc_counter {
   const char *name;    /* static */

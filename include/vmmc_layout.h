@@ -467,7 +467,8 @@ struct vmmc_nic_header {
   uint32_t magic, version; /* writer: NIC (the daemon makes the segment) */
   uint32_t node, endpoint, serial;
   _Atomic uint32_t ready; /* 1: the NIC serves this endpoint */
-  /* 1: it does so no more, though the program lives; `why` says why.  Stored before the sleepers are woken */
+  /* 1: it does so no more, though the program lives; `why` says why.  2: there is no NIC any more, and who took it
+   * away is the writer.  Stored before the sleepers are woken */
   _Atomic uint32_t detached;
   char why[VMMC_LINE + 36];
 

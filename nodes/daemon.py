@@ -7,6 +7,7 @@ socket closing, which is how an exec shows).
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import fcntl
@@ -70,6 +71,8 @@ class Daemon:
         self._to_nic = channel.Outbox(self._loop, self._control, self._hear_nic)
         self._sockets: dict[int, socket.socket] = {}  # attach sockets by descriptor
         self._indices: dict[int, int] = {}  # endpoint index → serial
+        # What the NIC serves and nobody told us of, serial → index: it is to end.
+        self._strangers: dict[int, int] = {}
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # to refuse somebody without another
         self._nic_pidfd = -1
         self._nic_started = 0.0
@@ -226,13 +229,22 @@ class Daemon:
         for endpoint in self._store.endpoints.values():
             self._indices[endpoint.index] = endpoint.serial
             self._watch_endpoint(endpoint)
-        # Segments of a program that the predecessor had not yet told the supervisor of: nobody uses them.
-        known = {f"ep{serial}" for serial in self._store.endpoints}
-        prefix = names.segment_name(self._place.cluster, self._node, "").removeprefix("/")
+        # Programs that the predecessor had not yet told the supervisor of, since that was stopped, say:
+        # nobody has their attach sockets.  Segments that the NIC does not use are removed, others when it
+        # has done with them.
+        for index, serial in enumerate(self._served()):
+            if serial and serial not in self._store.endpoints:
+                self._add_stranger(index, serial)
+        prefix = names.segment_name(self._place.cluster, self._node, "ep").removeprefix("/")
         for segment in self._place.segments():
-            what = segment.removeprefix(prefix)
-            if segment.startswith(prefix) and what.startswith("ep") and what.partition(".")[0] not in known:
-                self._unlink(what)
+            digits, _, part = segment.removeprefix(prefix).partition(".")
+            if not segment.startswith(prefix) or not digits.isdigit():
+                continue
+            serial = int(digits)
+            # The NIC may have yet to hear of it: its number is not given again.
+            self._store.last_serial = max(serial, self._store.last_serial)
+            if serial not in self._store.endpoints and serial not in self._strangers:
+                self._unlink(f"ep{serial}.{part}")
         nic = processes.nic_of(self._place, self._node)
         if nic is None or nic.pid != self._store.nic_pid:  # it may have yet to begin
             recorded = processes.recorded(self._place, processes.NIC)
@@ -253,10 +265,35 @@ class Daemon:
         self._tell_everything()  # whom the NIC serves and nobody has answered is answered when it says so
         self._tell_supervisor(what="ready")
 
+    def _served(self) -> list[int]:
+        """Serials of the endpoints that the NIC serves, or served when it was killed, by index; 0: none."""
+        name = names.segment_name(self._place.cluster, self._node, "pub").removeprefix("/")
+        serials = array.array("I")
+        data = b""
+        with contextlib.suppress(OSError), open(paths.SHM / name, "rb") as file:
+            data = os.pread(
+                file.fileno(), self._protocol.ENDPOINTS_MAX * serials.itemsize, self._sizes["served"]
+            )
+        serials.frombytes(data[: len(data) // serials.itemsize * serials.itemsize])
+        return serials.tolist()
+
+    def _add_stranger(self, index: int, serial: int) -> None:
+        log(WARNING, f"{self._name}: the NIC serves endpoint {index}, serial {serial}, that nobody knows of")
+        self._store.last_serial = max(serial, self._store.last_serial)
+        self._strangers[serial] = index
+
+    def _tell_stranger(self, serial: int) -> None:
+        data = self._protocol.control.pack(
+            kind=self._protocol.CONTROL_DETACH, endpoint=self._strangers[serial], serial=serial, value=1
+        )
+        self._to_nic.send(data)
+
     def _tell_everything(self) -> None:
         """Tells the NIC of every wire, loss of power and endpoint; what it knows already changes nothing."""
         self._tell_wires(everything=True)
         self._tell_losses()
+        for serial in self._strangers:
+            self._tell_stranger(serial)
         for endpoint in self._store.endpoints.values():
             self._tell_nic(self._protocol.CONTROL_ATTACH, endpoint, endpoint.pid)
             for number in endpoint.wakers:
@@ -308,6 +345,10 @@ class Daemon:
                 attached = self._store.endpoints.get(message["serial"])
                 if attached is not None and not attached.replied and not attached.ending:
                     self._reply(attached)
+                elif attached is None and message["serial"] not in self._strangers:
+                    # A predecessor's last word to the NIC, which heard it when we had looked.
+                    self._add_stranger(message["endpoint"], message["serial"])
+                    self._tell_stranger(message["serial"])
             elif message["kind"] == self._protocol.CONTROL_EXPELLED:
                 expelled = self._store.endpoints.get(message["serial"])
                 if expelled is not None and not expelled.ending:
@@ -425,7 +466,8 @@ class Daemon:
         self._drop(connection)
 
     def _new_endpoint(self, connection: socket.socket, pid: int) -> Endpoint:
-        index = next((i for i in range(self._protocol.ENDPOINTS_MAX) if i not in self._indices), None)
+        taken = {*self._indices, *self._strangers.values()}
+        index = next((i for i in range(self._protocol.ENDPOINTS_MAX) if i not in taken), None)
         if index is None:
             raise OSError(
                 errno.EUSERS, f"a node has at most {self._protocol.ENDPOINTS_MAX} programs attached"
@@ -529,15 +571,22 @@ class Daemon:
 
     def _forget_endpoint(self, serial: int) -> None:
         endpoint = self._store.endpoints.get(serial)
+        if serial in self._strangers:
+            del self._strangers[serial]
+            self._remove_segments(serial)
+            return
         if endpoint is None or not endpoint.ending:
             return  # said twice, or too early: a live program's memory is not taken away
-        for part in ("app", "nic", "own"):
-            self._unlink(f"ep{serial}.{part}")
+        self._remove_segments(serial)
         del self._store.endpoints[serial]
         del self._indices[endpoint.index]
         self._sockets.pop(endpoint.attach).detach()
         endpoint.close()
         self._tell_supervisor(what="gone", serial=serial)
+
+    def _remove_segments(self, serial: int) -> None:
+        for part in ("app", "nic", "own"):
+            self._unlink(f"ep{serial}.{part}")
 
     # ---- the supervisor ----
 

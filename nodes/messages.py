@@ -71,14 +71,18 @@ class Protocol:
 
 
 def segment_sizes() -> dict[str, int]:
-    """Bytes of each kind of segment, from the library that was compiled with the layout."""
+    """Bytes of each kind of segment, from the library that was compiled with the layout.
+
+    "served" is no segment: where in `pub` the serials of the endpoints that the NIC serves lie, by index.
+    """
     library = ctypes.CDLL(str(native_file("libvmmc.so")))
     size = library.vmmc_layout_size
     size.restype = ctypes.c_uint64
     size.argtypes = [ctypes.c_char_p]
     sizes = {what: int(size(what.encode())) for what in ("app", "nic", "own", "pub", "door", "state")}
     page = 4096
-    return {what: -(-length // page) * page for what, length in sizes.items()}
+    found = {what: -(-length // page) * page for what, length in sizes.items()}
+    return {**found, "served": int(size(b"served"))}
 
 
 _PR_SET_CHILD_SUBREAPER = 36

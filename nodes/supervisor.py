@@ -569,12 +569,17 @@ class Supervisor:
     def _change_wires(self, changes: list[Change]) -> dict[str, Any]:
         """Checks, records and passes on; nothing is changed when one of the changes cannot be."""
         changed: dict[int, dict[int, Wire]] = {}
+        perfect = Wire()
         for change in changes:
+            checked: dict[Wire, Wire] = {}  # those before: mostly alike
             for sender, receiver in change.pairs(self._count):
                 if receiver not in changed:
                     changed[receiver] = wires.read(self._place, receiver)
-                before = Wire() if change.reset else changed[receiver].get(sender, Wire())
-                changed[receiver][sender] = Wire.checked(before, change.settings)
+                before = perfect if change.reset else changed[receiver].get(sender, perfect)
+                after = checked.get(before)
+                if after is None:
+                    after = checked[before] = Wire.checked(before, change.settings)
+                changed[receiver][sender] = after
         wires.write(self._place, changed)
         for receiver in changed:
             outbox = self._nodes[receiver].outbox

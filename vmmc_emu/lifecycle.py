@@ -368,11 +368,24 @@ def remove_files(place: ClusterPaths) -> None:
 def remove_segments(place: ClusterPaths, node: int | None = None) -> None:
     """Unlinks what is exactly this cluster's, or one node's, in /dev/shm, except the cluster's lock."""
     prefix = segment_prefix(place.cluster) + ("" if node is None else f"{node_name(node)}.")
+    why = "the cluster is down" if node is None else "the node has lost its power"
     for name in place.segments():
         if not name.startswith(prefix):
             continue
+        if name.endswith(".nic"):
+            _tell_gone(paths.SHM / name, why)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(paths.SHM / name)
+
+
+def _tell_gone(segment: Path, why: str) -> None:
+    """Ends what a process waits for whose NIC is gone: a visitor's, which does not end with its node."""
+    import ctypes  # noqa: PLC0415  mostly there is nobody
+
+    with contextlib.suppress(OSError, ClusterError):
+        library = ctypes.CDLL(os.fspath(paths.native_file("libvmmc.so")))
+        library.vmmc_tell_gone.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+        library.vmmc_tell_gone(os.fsencode(segment), why.encode())
 
 
 # ---- looking ----

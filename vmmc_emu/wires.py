@@ -14,6 +14,7 @@ NICs, and tell each successor again.  It takes effect on live traffic within mil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ class Wire:
     def control(self) -> dict[str, int]:
         """The fields of struct vmmc_control_wire, but for kind and from."""
         fields: dict[str, int] = {}
-        for name, value in dataclasses.asdict(self).items():
+        for name in _RANGES:
+            value = getattr(self, name)
             if name in PROBABILITIES:
                 fields[f"{name}_ppb"] = round(value * 10**9)
             else:
@@ -151,12 +153,13 @@ def change(place: ClusterPaths, changes: Sequence[Change]) -> None:
 
 def present(place: ClusterPaths) -> dict[tuple[int, int], Wire]:
     """Every wire that is not perfect, as (from, to): settings."""
+    perfect = Wire()
     return {
         (sender, receiver): wire
         for path in place.wires.glob("node*.json")
         for receiver in [int(path.stem.removeprefix("node"))]
         for sender, wire in read(place, receiver).items()
-        if wire != Wire()
+        if wire != perfect
     }
 
 
@@ -166,18 +169,30 @@ def read(place: ClusterPaths, node: int) -> dict[int, Wire]:
         text = place.wires_of(node).read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    return {int(sender): Wire(**settings) for sender, settings in json.loads(text).items()}
+    return {int(sender): _wire(tuple(settings.items())) for sender, settings in json.loads(text).items()}
+
+
+# A large cluster has a million wires, most of them alike: equal ones are made, checked and written once.
+@functools.lru_cache(maxsize=4096)
+def _wire(settings: tuple[tuple[str, Any], ...]) -> Wire:
+    return Wire(**dict(settings))
 
 
 def write(place: ClusterPaths, wires: Mapping[int, Mapping[int, Wire]]) -> None:
     """Records the wires that lead to each of these nodes: none of it when there is no room for all."""
     drafts = []
+    texts: dict[Wire, str] = {}
     try:
         for node, leading in wires.items():
             draft = place.wires_of(node).with_suffix(".draft")
             drafts.append((draft, place.wires_of(node)))
-            found = {sender: _named(wire) for sender, wire in leading.items()}
-            draft.write_text(json.dumps(found), encoding="utf-8")
+            entries = []
+            for sender, wire in leading.items():
+                text = texts.get(wire)
+                if text is None:
+                    text = texts[wire] = json.dumps(_named(wire))
+                entries.append(f'"{sender}": {text}')
+            draft.write_text("{" + ", ".join(entries) + "}", encoding="utf-8")
     except OSError:
         for draft, _ in drafts:
             draft.unlink(missing_ok=True)

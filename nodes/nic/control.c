@@ -108,7 +108,7 @@ int control_work(void) {
       case VMMC_CONTROL_LOST: link_lost((uint32_t)m.value, m.serial); break;
       case VMMC_CONTROL_WIRE: wire_set(&message.wire); break;
       case VMMC_CONTROL_ATTACH: endpoint_attach(m.endpoint, m.serial, m.value); break;
-      case VMMC_CONTROL_DETACH: endpoint_detach(m.endpoint, m.serial); break;
+      case VMMC_CONTROL_DETACH: endpoint_detach(m.endpoint, m.serial, m.value); break;
       case VMMC_CONTROL_WAKER:
         endpoint_waker(m.endpoint, m.serial, (uint32_t)m.value, fd);
         fd = -1;

@@ -260,13 +260,17 @@ static void detach(struct endpoint *e) {
   for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++) connection_look(e, slot);
 }
 
-void endpoint_detach(uint32_t index, uint32_t serial) {
+void endpoint_detach(uint32_t index, uint32_t serial, bool may_live) {
   struct endpoint *e = endpoint_find(index, serial);
   if (!e) {
     control_say(VMMC_CONTROL_GONE, index, serial, 0);
     return;
   }
   if (e->dying) return;
+  if (may_live) {
+    e->wrong = "its daemon was killed before anybody else knew of it";
+    return;
+  }
   detach(e);
   endpoint_settle(e);
 }

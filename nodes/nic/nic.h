@@ -189,7 +189,7 @@ static inline struct connection *connection_of(const struct endpoint *e, uint32_
 /* ---- endpoint.c ---- */
 void endpoint_attach(uint32_t index, uint32_t serial, int32_t pid);
 void endpoints_recover(void); /* those that a predecessor served */
-void endpoint_detach(uint32_t index, uint32_t serial);
+void endpoint_detach(uint32_t index, uint32_t serial, bool may_live);
 void endpoint_waker(uint32_t index, uint32_t serial, uint32_t number, int fd);
 int endpoints_work(void);        /* duty: doorbells; returns how much was done */
 bool endpoints_have_work(void);  /* looks only: before sleeping */

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -337,6 +338,41 @@ def test_sleeping_readers_and_connects_hear_of_a_lost_node(cluster: Cluster) -> 
     server.kill()
 
 
+def test_visitors_hear_that_their_node_is_gone(cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
+    """What they wait for without a timeout ends, with their node's power and with the cluster."""
+
+    def ends_with(end: Callable[[], None]) -> None:
+        here = vmmc_emu.attach(1, cluster=cluster.name)
+        export = here.export(here.alloc(4096), "page")
+        calls: list[Callable[[], object]] = [export.notification, lambda: here.import_(0, "page")]
+        found: list[int | None] = []
+
+        def call(wait: Callable[[], object]) -> None:
+            try:
+                wait()
+            except OSError as error:
+                found.append(error.errno)
+
+        threads = [threading.Thread(target=call, args=(each,), daemon=True) for each in calls]
+        for thread in threads:
+            thread.start()
+        tasks = [Path(f"/proc/self/task/{thread.native_id}/stat") for thread in threads]
+        until(lambda: {task.read_text().rpartition(")")[2].split()[0] for task in tasks} == {"S"})
+        end()
+        for thread in threads:
+            thread.join(20)
+        assert found == [errno.ENETDOWN] * 2
+        with pytest.raises(OSError, match="its node is gone"):
+            here.export(here.alloc(4096), "another")
+        here.detach()
+
+    cluster.link(0, 1).set(unreachable="1000s").down()  # so that an import waits
+    ends_with(cluster.node(1).kill)
+    assert "from node1 and has no network any more: the node has lost its power\n" in capfd.readouterr().err
+    cluster.node(1).start()
+    ends_with(cluster.stop)
+
+
 def test_a_lost_node_that_comes_back_while_its_peers_nic_is_dead(cluster: Cluster) -> None:
     """The peer's next NIC finds by itself that what it had is gone."""
     server = cluster.node(2).submit(echo, 9207)
@@ -622,6 +658,33 @@ def test_a_stopped_supervisor_holds_up_nobody(cluster: Cluster) -> None:
     for each in attached:
         each.detach()
     until(lambda: not [s for s in cluster.place.segments() if ".ep" in s], cluster.logs)
+
+
+def test_programs_that_no_supervisor_had_heard_of_when_their_daemon_died(
+    cluster: Cluster, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody has what their next daemon would need: they are told, and those who come have their places."""
+    status = cluster.status()
+    os.kill(status["supervisor_pid"], signal.SIGSTOP)
+    try:
+        attached = [vmmc_emu.attach(0, cluster=cluster.name) for _ in range(400)]
+        first, last = (each.export(each.alloc(4096), f"page {i}") for i, each in enumerate(attached[::399]))
+        kill(status["nodes"][0]["daemon_pid"])
+    finally:
+        os.kill(status["supervisor_pid"], signal.SIGCONT)
+    with pytest.raises(OSError, match="serves this program no more") as raised:
+        last.notification()
+    assert raised.value.errno == errno.ENETDOWN
+    assert "its daemon was killed before anybody else knew of it" in capfd.readouterr().err
+    with vmmc_emu.attach(1, cluster=cluster.name) as peer:
+        peer.import_(0, "page 0", timeout_ms=5000).send(peer.alloc(8), notify=True)
+        assert first.notification(5000).length == 8
+    until(lambda: len([s for s in cluster.place.segments() if s.endswith(".nic")]) < 400, cluster.logs)
+    attached += [vmmc_emu.attach(0, cluster=cluster.name) for _ in range(10)]
+    for each in attached:
+        each.detach()
+    until(lambda: not [s for s in cluster.place.segments() if ".ep" in s], cluster.logs)
+    assert cluster.status()["nodes"][0]["nic_pid"] == status["nodes"][0]["nic_pid"]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")

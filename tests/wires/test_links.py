@@ -134,6 +134,27 @@ def test_a_partition_and_its_end(cluster: Cluster) -> None:
         assert words in done.stderr
 
 
+def test_one_change_of_wires_that_differ(cluster: Cluster) -> None:
+    """Each keeps what it had; where one cannot have it none is changed."""
+    pairs = list(itertools.permutations(range(8), 2))
+    cluster.link(0, 1).set(delay="1ms")
+    cluster.link(2, 3).set(one_way=True, delay="5ms", seed=7)
+    cluster.link(4, 5).down()
+    before = {pair: wires.present(cluster.place).get(pair, Wire()) for pair in pairs}
+    assert len(set(before.values())) == 4
+    _done(cluster, "link", "set", "--all", "loss", "1%")
+    expected = {pair: Wire.checked(wire, {"loss": 0.01}) for pair, wire in before.items()}
+    assert wires.present(cluster.place) == expected
+    refused = _run(cluster, "link", "set", "--all", "jitter", "2ms")
+    assert (refused.returncode, "jitter" in refused.stderr) == (1, True)
+    assert wires.present(cluster.place) == expected
+    _done(cluster, "link", "set", "--all", "delay", "3ms", "jitter", "2ms")
+    assert wires.present(cluster.place)[2, 3] == Wire(loss=0.01, delay_ns=3 * MS, jitter_ns=2 * MS, seed=7)
+    assert wires.present(cluster.place)[4, 5] == Wire(
+        up=False, loss=0.01, delay_ns=3 * MS, jitter_ns=2 * MS
+    )
+
+
 def test_more_changes_at_once_than_a_message_holds(tmp_path: Path) -> None:
     """A profile that names each link of a large cluster, its halves, a group a node, and heal."""
     nodes = 48

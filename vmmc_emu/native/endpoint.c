@@ -385,16 +385,16 @@ static void explain(const char *path, int error) {
   sys_call(SYS_write, STDERR_FILENO, (long)line, n, 0, 0, 0);
 }
 
-int endpoint_served(const struct endpoint *e) {
-  static _Atomic bool said;
+int endpoint_served(struct endpoint *e) {
   if (__builtin_expect(!endpoint_detached(e), 1)) return 0;
-  if (atomic_exchange(&said, true)) return -ENETDOWN;
+  if (atomic_exchange(&e->end_said, true)) return -ENETDOWN;
+  bool nic_is_there = atomic_load_explicit(&nic_header(e)->detached, memory_order_relaxed) == 1;
   char line[320], why[sizeof nic_header(e)->why];
   memcpy(why, nic_header(e)->why, sizeof why);
   int n = snprintf(line, sizeof line,
-                   "vmmc: %s[%d] is detached from node%u and has no network any more: %.*s"
-                   " (the NIC's log: vmmc-emu logs; other programs go on)\n",
-                   program_invocation_short_name, (int)e->pid, e->node, (int)strnlen(why, sizeof why), why);
+                   "vmmc: %s[%d] is detached from node%u and has no network any more: %.*s%s\n",
+                   program_invocation_short_name, (int)e->pid, e->node, (int)strnlen(why, sizeof why), why,
+                   nic_is_there ? " (the NIC's log: vmmc-emu logs; other programs go on)" : "");
   if (n > (int)sizeof line - 1) n = sizeof line - 1;
   sys_call(SYS_write, STDERR_FILENO, (long)line, n, 0, 0, 0);
   return -ENETDOWN;

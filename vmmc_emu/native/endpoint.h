@@ -22,6 +22,7 @@ struct endpoint {
   int32_t pid;               /* the process that attached */
   int attach_fd;             /* the daemon's view of our life; close-on-exec, numbered high */
   _Atomic int memory;        /* may the NIC write our memory: 0 not asked yet, 1 yes, -1 no */
+  _Atomic bool end_said;     /* stderr has the line that says why its NIC serves it no more */
   void *vmmc;                /* private to the VMMC API (vmmc.c) */
   void *sockets;             /* private to the socket layer (connection.c) */
 };
@@ -61,8 +62,8 @@ int endpoint_give_waker(struct endpoint *endpoint, uint32_t number, int eventfd)
 /* Lets the NIC write this process's memory, from the first call on; false: that cannot be. */
 bool endpoint_give_memory(struct endpoint *endpoint);
 
-/* 0, or -ENETDOWN once the NIC serves this process no more, which is said on stderr once. */
-int endpoint_served(const struct endpoint *endpoint);
+/* 0, or -ENETDOWN once the NIC serves this process no more, which is said on stderr once an endpoint. */
+int endpoint_served(struct endpoint *endpoint);
 
 /* ---- parts of the segments ---- */
 static inline struct vmmc_app_header *app_header(const struct endpoint *e) { return (void *)e->app; }

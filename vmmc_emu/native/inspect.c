@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "vmmc_idle.h"
 #include "vmmc_layout.h"
 
 uint64_t vmmc_layout_size(const char *what) {
@@ -27,6 +28,7 @@ uint64_t vmmc_layout_size(const char *what) {
       {"own", 64ull << 20},
       {"state", 64ull << 20},
       {"pub", (sizeof(struct vmmc_pub) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE},
+      {"served", offsetof(struct vmmc_pub, endpoint)},
       {"door", (sizeof(struct vmmc_door) + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE},
       {"magic", VMMC_MAGIC},
       {"version", VMMC_LAYOUT_VERSION},
@@ -38,6 +40,39 @@ uint64_t vmmc_layout_size(const char *what) {
   for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
     if (strcmp(sizes[i].what, what) == 0) return sizes[i].size;
   return 0;
+}
+
+/* ---- the end of a node ---- */
+
+/* Without a mapping to store in: whoever cut the segment short would end us by it. */
+static bool change_and_wake(int fd, char *base, size_t offset) {
+  uint32_t value;
+  if (pread(fd, &value, sizeof value, (off_t)offset) != sizeof value) return false;
+  value++;
+  if (pwrite(fd, &value, sizeof value, (off_t)offset) != sizeof value) return false;
+  vmmc_futex_wake((_Atomic uint32_t *)(base + offset));
+  return true;
+}
+
+int vmmc_tell_gone(const char *path, const char *why) {
+  enum { HEADER = sizeof(struct vmmc_nic_header) };
+  char text[sizeof((struct vmmc_nic_header *)NULL)->why] = "";
+  const uint32_t gone = 2;
+  int fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+  if (fd < 0) return -1;
+  char *base = mmap(NULL, HEADER, PROT_READ, MAP_SHARED, fd, 0);
+  snprintf(text, sizeof text, "%s", why);
+  /* In the order in which a NIC does it: what is found changed, or was woken, looks at `detached`, which has a reason. */
+  bool told = base != MAP_FAILED &&
+              pwrite(fd, text, sizeof text, offsetof(struct vmmc_nic_header, why)) == sizeof text &&
+              pwrite(fd, &gone, sizeof gone, offsetof(struct vmmc_nic_header, detached)) == sizeof gone &&
+              change_and_wake(fd, base, offsetof(struct vmmc_nic_header, wake_completion)) &&
+              change_and_wake(fd, base, offsetof(struct vmmc_nic_header, wake_notification));
+  int error = errno;
+  if (base != MAP_FAILED) munmap(base, HEADER);
+  close(fd);
+  errno = error;
+  return told ? 0 : -1;
 }
 
 /* ---- segments by name ---- */
