@@ -164,7 +164,7 @@ def test_a_sender_whose_memory_the_receiving_nic_cannot_map(two_nodes: Cluster) 
     try:
         assert sender.stdout is not None
         assert sender.stdout.readline() == "connected\n"
-        resource.prlimit(nic, resource.RLIMIT_NOFILE, (3, limit[1]))
+        resource.prlimit(nic, resource.RLIMIT_NOFILE, (lowest_free(nic), limit[1]))
         assert sender.communicate("go\n", timeout=TIMEOUT_S)[0] == "ECONNRESET\n"
         assert receiver.communicate(timeout=TIMEOUT_S)[0] == "ECONNRESET\n"
     finally:
@@ -194,10 +194,9 @@ def test_a_first_word_from_a_node_when_there_is_no_descriptor(vmmc_cluster: Call
         nic = cluster.status()["nodes"][1]["nic_pid"]
         assert nic is not None
         limit = resource.prlimit(nic, resource.RLIMIT_NOFILE)
-        resource.prlimit(nic, resource.RLIMIT_NOFILE, (3, limit[1]))
+        resource.prlimit(nic, resource.RLIMIT_NOFILE, (lowest_free(nic), limit[1]))
         client = cluster.node(0).popen([sys.executable, "-c", CONNECT], stdout=pipe, text=True)
-        while "no link to node0: Too many open files" not in cluster.node(1).logs():
-            pass
+        until(lambda: "no link to node0: Too many open files" in cluster.node(1).logs(), cluster)
         resource.prlimit(nic, resource.RLIMIT_NOFILE, limit)
         assert client.communicate(timeout=TIMEOUT_S)[0] == "connected\n"
     finally:

@@ -345,7 +345,10 @@ def test_receives_that_end_in_every_way(
             at = 0
             while at < length:
                 piece = random.choice([1, 1000, 3000, 60_000])
-                connection.sendall(sent[at : at + piece])
+                try:
+                    connection.sendall(sent[at : at + piece])
+                except OSError:  # it has ended, and says why
+                    raise AssertionError(process.communicate()) from None
                 at += piece
                 while deaths and deaths[0] < at:
                     deaths.pop(0)
