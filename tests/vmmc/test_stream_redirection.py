@@ -326,7 +326,7 @@ def test_receives_that_end_in_every_way(
     redirects = memory == "heap" or bool(environment)
     assignments = [f"{name}={value}" for name, value in environment.items()]
     process = node.popen(
-        ["env", *assignments, path, str(PORT), str(length), "5", memory],
+        ["env", *assignments, path, str(PORT), str(length), "5", memory, *(["dies"] if nic_dies else [])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
