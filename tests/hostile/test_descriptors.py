@@ -184,7 +184,8 @@ print("connected", flush=True)
 def test_a_first_word_from_a_node_when_there_is_no_descriptor(vmmc_cluster: Callable[..., Cluster]) -> None:
     """The link is made once there is room, and the connect that asked for it goes on."""
     cluster = vmmc_cluster(nodes=2)
-    listen = f"import socket, sys; s = socket.create_server(('', {PORT + 3})); print(); sys.stdin.read()"
+    listen = f"import socket, sys; s = socket.create_server(('', {PORT + 3}))"
+    listen += "; print(flush=True); sys.stdin.read()"
     pipe = subprocess.PIPE
     server = cluster.node(1).popen([sys.executable, "-c", listen], stdin=pipe, stdout=pipe, text=True)
     client = None

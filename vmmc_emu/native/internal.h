@@ -40,7 +40,6 @@
 #define fault_recover vmmc_i_fault_recover
 
 #define socket_new vmmc_i_socket_new
-#define socket_hold vmmc_i_socket_hold
 #define socket_release vmmc_i_socket_release
 #define socket_close vmmc_i_socket_close
 #define socket_bind vmmc_i_socket_bind

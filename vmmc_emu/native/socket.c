@@ -92,8 +92,6 @@ struct vsocket *socket_new(int family) {
   return s;
 }
 
-void socket_hold(struct vsocket *s) { atomic_fetch_add_explicit(&s->references, 1, memory_order_relaxed); }
-
 /* ---- close ---- */
 
 static bool delivered(void *context) {

@@ -75,7 +75,6 @@ struct vsocket {
 
 /* socket(): no slot is taken and nothing is attached until it is needed. NULL: ENOMEM. */
 struct vsocket *socket_new(int family);
-void socket_hold(struct vsocket *s);
 void socket_release(struct vsocket *s); /* the last reference closes it: see socket_close */
 
 /* The last descriptor is gone: the NIC delivers what is written, then ends the connection; threads
