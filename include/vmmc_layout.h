@@ -15,7 +15,7 @@
  *   ep<serial>.app   written by the app, mapped by its own NIC (read-write) and by peers' NICs (read)
  *   ep<serial>.nic   written by the app's NIC, mapped by the app read-only
  *   ep<serial>.own   written by the app's NIC, mapped by nobody else (nodes/nic/own.h)
- *   pub              written by the node's NIC, mapped by its apps and by observers read-only
+ *   pub              written by the node's NIC, mapped by its apps, other NICs and observers read-only
  *   door             the node's doorbell for other NICs: written by NICs only
  *   state            written by the node's NIC, mapped by nobody else
  *   link.node<j>     written by this node's NIC: the queue of packets to node j
@@ -50,6 +50,7 @@ enum {
   VMMC_WAKERS = 64,            /* event descriptors of one endpoint's sleeping threads */
   VMMC_MEMORY = 64,            /* the descriptor after those: the program's memory, its /proc/self/mem */
   VMMC_EVENTS = 65536,         /* entries of the event ring; more than VMMC_SLOTS */
+  VMMC_WELCOMES = 256,         /* addresses at which peers may count on a node to accept */
   VMMC_NAME_MAX = 32,          /* bytes of an export's or a cluster's name, without a final NUL */
 };
 
@@ -499,6 +500,9 @@ struct vmmc_pub { /* writer: NIC */
   _Alignas(VMMC_LINE) _Atomic uint32_t asleep;
   _Alignas(VMMC_LINE) struct vmmc_nic_counters counters; /* all of the node, endpoints gone included */
   _Alignas(VMMC_LINE) struct vmmc_app_counters retired;  /* of endpoints that are gone */
+  /* Where the node accepted last, by port, and how many more connections the listener takes: see nodes/nic/port.c.
+   * Read by peers' NICs. */
+  _Alignas(VMMC_LINE) _Atomic uint64_t welcome[VMMC_WELCOMES];
   /* serial of the endpoint at each index, 0: none: for observers */
   _Alignas(VMMC_LINE) _Atomic uint32_t endpoint[VMMC_ENDPOINTS_MAX];
 };

@@ -124,8 +124,25 @@ static void publish(struct endpoint *e, uint32_t slot, uint32_t state) {
   atomic_store_explicit(&n->generation, connection_of(e, slot)->generation, memory_order_release);
 }
 
+/* By node: connections that were welcomed and have no answer yet. */
+static uint32_t awaited[VMMC_NODES_MAX];
+
+static bool is_connecting(const struct connection *c) {
+  return c->state == CONNECTION_CONNECTING || c->state == CONNECTION_BUSY;
+}
+
+static void await(const struct connection *c) {
+  if (is_connecting(c) && (c->flags & WELCOMED)) awaited[c->far_node]++;
+}
+
+/* Before the state becomes another. */
+static void await_no_more(const struct connection *c) {
+  if (is_connecting(c) && (c->flags & WELCOMED)) awaited[c->far_node]--;
+}
+
 static void finish(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
+  await_no_more(c);
   port_release(c);
   if (is_passive(slot)) port_left(c);
   if (e->work[slot].remote) remote_release(e->work[slot].remote);
@@ -187,6 +204,7 @@ static void withdraw(struct endpoint *e, uint32_t slot) {
 void connection_fail(struct endpoint *e, uint32_t slot, int error) {
   struct connection *c = connection_of(e, slot);
   if (c->state == CONNECTION_NONE || c->state == CONNECTION_DEAD) return;
+  await_no_more(c);
   /* The errno before the state: a successor shows the app the state again, and knows no errno. */
   if (!(atomic_load_explicit(&nic_slot(e, slot)->status, memory_order_relaxed) & VMMC_ERRNO_MASK))
     set_status(e, slot, (uint32_t)error);
@@ -286,12 +304,16 @@ static int request_connect(struct endpoint *e, uint32_t slot, struct vmmc_addres
   c->far_node = node;
   c->told = c->window;
   c->asked = request;
+  bool welcomed = awaited[node] < link_welcomes(node, &peer);
+  if (welcomed) c->flags |= WELCOMED;
   nic_slot(e, slot)->local = local;
   nic_slot(e, slot)->peer = peer;
   nic_slot(e, slot)->peer_node = node;
   in_order();
   c->state = CONNECTION_CONNECTING;
-  atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_CONNECTING, memory_order_release);
+  await(c);
+  atomic_store_explicit(&nic_slot(e, slot)->state, welcomed ? VMMC_ESTABLISHED : VMMC_CONNECTING, memory_order_release);
+  if (welcomed) set_status(e, slot, VMMC_CONNECTED);
   connection_enqueue(e, slot);
   return 0;
 }
@@ -300,7 +322,10 @@ static int request_listen(struct endpoint *e, uint32_t slot, struct vmmc_address
                           uint32_t request) {
   struct connection *c = connection_of(e, slot);
   c->backlog = backlog > 4096 ? 4096 : backlog;
-  if (c->state == CONNECTION_LISTENING) return 0;
+  if (c->state == CONNECTION_LISTENING) {
+    port_unwelcome(c->local.port); /* of another backlog */
+    return 0;
+  }
   if (c->state != CONNECTION_IDLE) return EINVAL;
   if (!c->binding || c->asked == request) {
     int error = port_bind(e, slot, &local, flags, request);
@@ -477,6 +502,7 @@ static void answer_connect(struct link *link, const struct packet *p) {
   uint64_t waiting = l->placed - connection_entries_taken(l, &h);
   if (waiting / sizeof(struct vmmc_accept_entry) > l->backlog ||
       waiting + sizeof(struct vmmc_accept_entry) > VMMC_RING) {
+    port_welcome(&p->peer, 0);
     l->waiting[link_node(link) / 64] |= 1ull << link_node(link) % 64;
     refuse(link, p, PACKET_BUSY, 0);
     return;
@@ -489,6 +515,7 @@ static void answer_connect(struct link *link, const struct packet *p) {
     return;
   }
   accept_connect(link, p, e, listener, slot);
+  port_welcome(&p->peer, l->backlog - waiting / sizeof(struct vmmc_accept_entry));
 }
 
 /* ---- what the app is told of its peer ---- */
@@ -584,7 +611,8 @@ void connection_end(struct endpoint *e, uint32_t slot) {
   if (!(h.shut & VMMC_CLOSED)) return;
   if (c->state == CONNECTION_LISTENING)
     look_listening(e, slot, &h);
-  else if (c->state == CONNECTION_IDLE || c->state == CONNECTION_BUSY || c->state == CONNECTION_DEAD)
+  else if (c->state == CONNECTION_IDLE || c->state == CONNECTION_DEAD ||
+           (c->state == CONNECTION_BUSY && !(c->flags & WELCOMED)))
     finish(e, slot);
 }
 
@@ -646,7 +674,8 @@ int connection_look(struct endpoint *e, uint32_t slot) {
     case CONNECTION_LISTENING: look_listening(e, slot, &h); break;
     case CONNECTION_ESTABLISHED: look_established(e, slot, &h); break;
     case CONNECTION_CONNECTING:
-      if (!(h.shut & VMMC_CLOSED)) break;
+      /* Who was welcomed may have written as well: what is there to say is said when the peer has answered. */
+      if (!(h.shut & VMMC_CLOSED) || (c->flags & WELCOMED)) break;
       if (c->flags & SAID_CONNECT)
         c->flags |= APP_CLOSED; /* the answer will find nobody */
       else
@@ -845,11 +874,14 @@ static void established(struct endpoint *e, uint32_t slot, const struct packet *
   c->far = p->from;
   c->far_limit = p->limit;
   in_order();
+  await_no_more(c);
   c->state = CONNECTION_ESTABLISHED;
-  atomic_store_explicit(&n->state, VMMC_ESTABLISHED, memory_order_relaxed);
-  set_status(e, slot, VMMC_CONNECTED);
   COUNT(e, connections_opened, 1);
-  wake_slot(e, slot, WAKE_BOTH);
+  if (!(c->flags & WELCOMED)) { /* else it is known */
+    atomic_store_explicit(&n->state, VMMC_ESTABLISHED, memory_order_relaxed);
+    set_status(e, slot, VMMC_CONNECTED);
+    wake_slot(e, slot, WAKE_BOTH);
+  }
   connection_enqueue(e, slot);
 }
 
@@ -862,7 +894,7 @@ static bool is_deaf(struct endpoint *e, uint32_t slot) {
 /* The answer to our CONNECT. */
 static void connect_answered(struct link *link, struct endpoint *e, uint32_t slot, const struct packet *p) {
   struct connection *c = connection_of(e, slot);
-  bool connecting = c->state == CONNECTION_CONNECTING || c->state == CONNECTION_BUSY;
+  bool connecting = is_connecting(c);
   if (p->type == PACKET_ACCEPTED) {
     if (connecting)
       established(e, slot, p);
@@ -871,7 +903,7 @@ static void connect_answered(struct link *link, struct endpoint *e, uint32_t slo
   } else if (!connecting) {
     return;
   } else if (p->type == PACKET_REFUSED) {
-    connection_fail(e, slot, p->error);
+    connection_fail(e, slot, c->flags & WELCOMED ? ECONNRESET : p->error);
   } else if (c->flags & APP_CLOSED) { /* BUSY */
     finish(e, slot);
   } else {
@@ -912,7 +944,7 @@ static void stream_heard(struct link *link, struct endpoint *e, uint32_t slot, c
 /* The peer is done with the connection, or with ours. */
 static void end_heard(struct link *link, struct endpoint *e, uint32_t slot, const struct packet *p) {
   struct connection *c = connection_of(e, slot);
-  bool connecting = c->state == CONNECTION_CONNECTING || c->state == CONNECTION_BUSY;
+  bool connecting = is_connecting(c);
   bool live = c->state == CONNECTION_ESTABLISHED;
   switch (p->type) {
     case PACKET_CLOSE:
@@ -1003,7 +1035,7 @@ void connections_given_up(struct endpoint *e, uint32_t node, int error, bool ask
     uint32_t end = pass ? e->own->passive_end : e->own->active_end;
     for (uint32_t slot = pass ? VMMC_ACTIVE_SLOTS : 0; slot < end; slot++) {
       struct connection *c = connection_of(e, slot);
-      bool asks = c->state == CONNECTION_CONNECTING || c->state == CONNECTION_BUSY;
+      bool asks = is_connecting(c);
       bool made = c->state == CONNECTION_ESTABLISHED || c->state == CONNECTION_CLOSING;
       if (c->far_node != node || !(asks || made)) continue;
       if (asks && asking)
@@ -1035,7 +1067,8 @@ static void show(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
   struct vmmc_nic_slot *n = nic_slot(e, slot);
   uint32_t bits = 0;
-  if (c->state == CONNECTION_ESTABLISHED || c->state == CONNECTION_CLOSING) bits |= VMMC_CONNECTED;
+  bool welcomed = is_connecting(c) && (c->flags & WELCOMED);
+  if (welcomed || c->state == CONNECTION_ESTABLISHED || c->state == CONNECTION_CLOSING) bits |= VMMC_CONNECTED;
   if (c->flags & HEARD_FIN) bits |= VMMC_END_OF_FILE;
   if (c->flags & HEARD_CLOSE) bits |= VMMC_PEER_CLOSED;
   /* Of data the app's view is stored first, of accept entries the NIC's own. */
@@ -1055,7 +1088,7 @@ static void show(struct endpoint *e, uint32_t slot) {
   }
   atomic_store_explicit(&n->transmitted, c->transmitted, memory_order_relaxed);
   set_status(e, slot, bits);
-  publish(e, slot, shown[c->state]);
+  publish(e, slot, welcomed ? VMMC_ESTABLISHED : shown[c->state]);
   if (atomic_load_explicit(&n->reply, memory_order_relaxed) == c->requested) return;
   n->reply_error = c->answer;
   atomic_store_explicit(&n->reply, c->requested, memory_order_release);
@@ -1074,6 +1107,7 @@ void connection_recover(struct endpoint *e, uint32_t slot) {
     if (atomic_load_explicit(&n->generation, memory_order_relaxed) == c->generation)
       atomic_store_explicit(&n->state, VMMC_FREE, memory_order_release);
   } else {
+    await(c);
     show(e, slot);
     if (c->state == CONNECTION_DEAD && link_to(c->far_node)) withdraw(e, slot);
     struct link *link = c->state == CONNECTION_ESTABLISHED ? link_to(c->far_node) : NULL;

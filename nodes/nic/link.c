@@ -99,6 +99,11 @@ static uint64_t taken_by_peer(struct link *link) {
   return link_opened(link) ? atomic_load_explicit(&link->in->taken, memory_order_acquire) : 0;
 }
 
+uint32_t link_welcomes(uint32_t node, const struct vmmc_address *to) {
+  struct link *link = node != nic.node ? nic.link[node] : NULL; /* this NIC's own answer is here as soon */
+  return link && link->in && !link->retransmit ? port_welcomes(link->pub, to) : 0;
+}
+
 uint64_t link_tail(const struct link *link) { return link->tail; }
 
 uint64_t link_acknowledged(const struct link *link) { return taken_by_peer((struct link *)link); }

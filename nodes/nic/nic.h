@@ -212,6 +212,9 @@ void port_accepted(const struct connection *c); /* a passive connection begins a
 void port_left(const struct connection *c);     /* and ends */
 void ports_recover(void); /* once all endpoints are known */
 struct binding *port_listener(const struct vmmc_address *to);
+void port_welcome(const struct vmmc_address *to, uint64_t room); /* accepted there; so many more may come */
+void port_unwelcome(uint16_t port);
+uint32_t port_welcomes(const struct vmmc_pub *peer, const struct vmmc_address *to); /* connections that we may count on */
 
 /* ---- connection.c ---- */
 /* The app rang for this slot.  Returns how much work that was: a look, or as much as many. */
@@ -344,6 +347,7 @@ bool link_withdrawn(void);
 /* What that end has said and the peer has not handled becomes nothing, since its memory is to be another's. */
 void link_withdraw(uint32_t node, const struct packet_end *from);
 
+uint32_t link_welcomes(uint32_t node, const struct vmmc_address *to); /* connections that may be shown before their answer */
 uint64_t link_tail(const struct link *link);         /* packets published, */
 uint64_t link_acknowledged(const struct link *link); /* and those that the peer's NIC is known to have handled */
 

@@ -37,6 +37,7 @@ enum { /* connection.flags */
   TELL_AGAIN = 512,     /* the limit is to be told again, and whether the peer is there is to be asked */
   TELL_PLACED = 1024,   /* the peer asked how far its bytes have come */
   SAY_IDLE = 2048,      /* RECALL is to be sent */
+  WELCOMED = 4096,      /* shown to the app as established before the peer answered: its node welcomed it (port.c) */
 };
 
 struct connection {

@@ -164,6 +164,7 @@ int port_listen(struct endpoint *e, uint32_t slot) {
 void port_release(struct connection *c) {
   if (!c->binding) return;
   struct binding *b = &nic.state->binding[c->binding - 1];
+  if (b->listening) port_unwelcome(b->address.port);
   for (uint32_t *at = bucket_of(b->address.port); *at; at = &nic.state->binding[*at - 1].next) {
     if (*at != c->binding) continue;
     *at = b->next;
@@ -201,6 +202,38 @@ struct binding *port_listener(const struct vmmc_address *to) {
   }
 }
 
+/* ---- what peers may count on ---- */
+
+/*
+ * A NIC publishes at which addresses it has accepted lately and how many more connections the listener has room for.
+ * Where the wire is perfect a peer's NIC tells its program by that that it is connected while CONNECT is still on its
+ * way, as the kernel of a TCP client does when nobody has called accept yet: two hops of four less to wait for.  Each
+ * node counts on a quarter of the room at most, so that others find some as well.  Should it be gone all the same,
+ * the connection waits for room like any other, and if the listener is gone, it is reset.
+ */
+enum { WELCOME_ROOM_MAX = UINT16_MAX, WELCOME_SHARE = 4 };
+
+static uint64_t welcome_key(const struct vmmc_address *to) {
+  uint64_t part[2];
+  memcpy(part, to->ip, sizeof part);
+  uint64_t mixed = (part[0] ^ part[1] * 0x9e3779b97f4a7c15u) * 0xff51afd7ed558ccdu; /* odd, and bits well spread */
+  return (mixed >> 32) << 32 | (uint64_t)to->port << 16;
+}
+
+void port_welcome(const struct vmmc_address *to, uint64_t room) {
+  uint64_t entry = welcome_key(to) | (room < WELCOME_ROOM_MAX ? room : WELCOME_ROOM_MAX);
+  atomic_store_explicit(&nic.pub->welcome[to->port % VMMC_WELCOMES], entry, memory_order_relaxed);
+}
+
+void port_unwelcome(uint16_t port) {
+  atomic_store_explicit(&nic.pub->welcome[port % VMMC_WELCOMES], 0, memory_order_relaxed);
+}
+
+uint32_t port_welcomes(const struct vmmc_pub *peer, const struct vmmc_address *to) {
+  uint64_t entry = atomic_load_explicit(&peer->welcome[to->port % VMMC_WELCOMES], memory_order_relaxed);
+  return entry >> 16 == welcome_key(to) >> 16 ? (uint32_t)(entry & WELCOME_ROOM_MAX) / WELCOME_SHARE : 0;
+}
+
 /* Buckets and the free list are made anew from the bindings that a connection refers to: the predecessor may
  * have been killed while it changed them. */
 void ports_recover(void) {
@@ -208,6 +241,8 @@ void ports_recover(void) {
   memset(s->bucket, 0, sizeof s->bucket);
   memset(claims, 0, sizeof claims);
   memset(accepted, 0, sizeof accepted);
+  for (uint32_t i = 0; i < VMMC_WELCOMES; i++) /* who died may have been about to take some back */
+    atomic_store_explicit(&nic.pub->welcome[i], 0, memory_order_relaxed);
   for (uint32_t i = 0; i < nic.live_count; i++) {
     struct endpoint *e = nic.endpoint[nic.live[i]];
     for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++)

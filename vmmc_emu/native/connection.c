@@ -276,6 +276,25 @@ int socket_listen(struct vsocket *s, int backlog) {
   return error;
 }
 
+static bool nic_let_go(void *context) {
+  struct vsocket *s = context;
+  return atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->state, memory_order_acquire) == VMMC_FREE ||
+         endpoint_detached(s->endpoint);
+}
+
+void connection_stop_listening(struct vsocket *s) {
+  enum { PATIENCE_NS = 1000000000 }; /* a NIC that was killed has a successor long before */
+  if (!s->generation || atomic_load(&s->phase) != SOCKET_LISTENING || endpoint_detached(s->endpoint)) return;
+  struct wait_word words[SOCKET_WORDS];
+  int count = socket_wait_words(s, false, true, words), cancel;
+  atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, VMMC_CLOSED);
+  endpoint_ring_slot(s->endpoint, s->slot);
+  pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
+  while (wait_until(words, count, nic_let_go, s, connection_deadline(PATIENCE_NS), wait_signals_now(), false) == -EINTR) {
+  }
+  pthread_setcancelstate(cancel, NULL);
+}
+
 /* ---- accept ---- */
 
 uint64_t connection_accepts_waiting(const struct vsocket *s) {
@@ -485,6 +504,7 @@ static int disconnect(struct vsocket *s) {
   bool resets = (view.connected || view.connecting) && !connection_over(s);
   /* The error before what wakes: as Linux, which resets the connection on this side too. */
   atomic_store(&s->error, resets ? ECONNRESET : connection_pending_error(s));
+  connection_stop_listening(s);
   abandon(s, connection_leave(s, true));
   control_end(s, &undo);
   return 0;
@@ -535,6 +555,7 @@ int socket_shutdown(struct vsocket *s, int how) {
     control_begin(s, &undo);
     if (atomic_load(&s->phase) == SOCKET_LISTENING) {
       s->bound = true;
+      connection_stop_listening(s);
       abandon(s, VMMC_CLOSED);
     }
     control_end(s, &undo);

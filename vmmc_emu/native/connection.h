@@ -50,6 +50,10 @@ void stream_give_up(struct vsocket *s);
 /* The program leaves the connection: VMMC_CLOSED, and VMMC_ABORT where it is to be reset and is not over. */
 uint32_t connection_leave(struct vsocket *s, bool reset);
 
+/* Of a listening socket that is about to be given up: until its NIC has taken it off the port, so that whoever connects
+ * after the call that ends it is refused (peers' NICs may answer for a listener: nodes/nic/port.c). */
+void connection_stop_listening(struct vsocket *s);
+
 /* The error that SO_ERROR or the next call would give, as a positive errno, 0 none. */
 int connection_pending_error(struct vsocket *s);
 int connection_take_error(struct vsocket *s); /* the same, which is then taken */

@@ -119,6 +119,7 @@ static void end(struct vsocket *s) {
   bool connected = connection_view(s).connected;
   uint32_t bits = connection_leave(s, s->linger_s == 0);
   if (s->forks != atomic_load_explicit(&socket_forks, memory_order_relaxed)) bits |= VMMC_FORKED;
+  connection_stop_listening(s);
   slot_leave(s, bits);
   if (s->linger_s > 0 && connected) linger(s);
   slot_give_back(s);
