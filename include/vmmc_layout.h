@@ -371,6 +371,7 @@ enum { VMMC_UTLB_VALID = 1 };
   X(utlb_evictions, "translations pushed out of the NIC's cache")                   \
   X(connections_opened, "connections established, either side")                     \
   X(connections_refused, "connection requests refused by this node")                \
+  X(connections_welcomed, "connects answered before the peer's NIC had seen them")  \
   X(wakes, "sleeping programs woken")                                               \
   X(sleeps, "times the NIC went to sleep")
 

@@ -313,7 +313,10 @@ static int request_connect(struct endpoint *e, uint32_t slot, struct vmmc_addres
   c->state = CONNECTION_CONNECTING;
   await(c);
   atomic_store_explicit(&nic_slot(e, slot)->state, welcomed ? VMMC_ESTABLISHED : VMMC_CONNECTING, memory_order_release);
-  if (welcomed) set_status(e, slot, VMMC_CONNECTED);
+  if (welcomed) {
+    set_status(e, slot, VMMC_CONNECTED);
+    COUNT(e, connections_welcomed, 1);
+  }
   connection_enqueue(e, slot);
   return 0;
 }
