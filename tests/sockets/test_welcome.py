@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -70,9 +71,12 @@ class End:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
+    def has_spoken(self, within: float = 0) -> bool:
+        return bool(select.select([self.process.stdout], [], [], within)[0])
+
     def heard(self) -> str:
         assert self.process.stdout is not None
-        assert select.select([self.process.stdout], [], [], 30)[0], "no answer"
+        assert self.has_spoken(30), "no answer"
         return str(self.process.stdout.readline()).strip()
 
     def __call__(self, line: str) -> str:
@@ -182,7 +186,12 @@ def test_either_nic_dies_before_the_answer(ends: Ends, node: int) -> None:
         assert ends.client(f"connect('c', {ends.PORT})") == "None"
         assert ends.client(f"connect('d', {ends.PORT})") == "None"
         assert ends.client("s['c'].send(b'question'), s['d'].send(b'more'), close('d')") == "(8, 4, None)"
-        os.kill(pid if node else ends.nic(0), signal.SIGKILL)
+        old = pid if node else ends.nic(0)
+        os.kill(old, signal.SIGKILL)
+        while ends.cluster.status()["nodes"][node]["nic_pid"] in (None, old):
+            pass
+        if node == 0:  # its successor shows the same
+            assert {socket.state for socket in ends.cluster.node(0).sockets()} == {"ESTAB", "FIN-WAIT"}
     got = set()
     for name in "ab":
         assert ends.server(f"accept('{name}')") == "None"
@@ -215,6 +224,20 @@ def test_a_listener_that_was_given_up_refuses(ends: Ends, way: str) -> None:
     assert ends.welcomed() >= 50
 
 
+@pytest.mark.parametrize("way", ["close('listener')", "s['listener'].shutdown(socket.SHUT_RD)"])
+def test_giving_a_listener_up_waits_for_its_nic(ends: Ends, way: str) -> None:
+    """Else a peer's NIC might still answer for it when the call has returned."""
+    futex_waitv = "449"
+    with ends.stopped(1):
+        ends.server.tell(way)
+        while not ends.server.has_spoken():
+            if Path(f"/proc/{ends.server.process.pid}/syscall").read_text().split()[0] == futex_waitv:
+                break
+        else:
+            pytest.fail("it has not waited")
+    assert ends.server.heard() == "None"
+
+
 @pytest.mark.parametrize("backlog", [0, 1, 2, 7, 30])
 def test_a_backlog_takes_as_many_as_before(ends: Ends, backlog: int) -> None:
     """The kernel's rule: one more than it says; the next waits for an accept."""
@@ -229,9 +252,20 @@ def test_a_backlog_takes_as_many_as_before(ends: Ends, backlog: int) -> None:
     assert ends.client("wait_made('late')") == "True"
 
 
+def test_a_node_counts_on_a_quarter_of_the_room(ends: Ends) -> None:
+    """Others may count on it as well.  Who is not welcomed waits for the answer, and has it."""
+    before = ends.welcomed()
+    with ends.stopped(1):
+        assert ends.client(f"[begin(i, {ends.PORT}) for i in range(100)]") == repr([True] * 100)
+        made = ends.client("sum(made(i) for i in range(100))")
+    assert int(made) == ends.welcomed() - before == 128 // 4
+    assert ends.client("[wait_made(i) for i in range(100)]") == repr([True] * 100)
+    assert ends.server("[accept(i) for i in range(100)].count(None)") == "100"
+
+
 def test_a_smaller_backlog_holds_at_once(ends: Ends) -> None:
-    assert ends.server("s['listener'].listen(0)") == "None"
     assert ends.client(f"connect('c', {ends.PORT})") == "None"
+    assert ends.server("s['listener'].listen(0)") == "None"
     assert ends.client(f"begin('late', {ends.PORT})") == "True"
     assert ends.client("connect('none', 1)") == "ECONNREFUSED"
     assert ends.client("made('late')") == "False"
