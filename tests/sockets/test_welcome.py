@@ -1,7 +1,7 @@
 """Connections that a NIC shows as made before the peer's NIC has seen them, and what becomes of them.
 
-Both ends do what the test tells them, a line at a time, so that it knows what comes before what; processes in the
-middle are stopped, so that "before" lasts.
+Both ends do what the test tells them, a line at a time, so that it knows what comes before what; processes in
+the middle are stopped, so that "before" lasts.
 """
 
 from __future__ import annotations
