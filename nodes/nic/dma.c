@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "nic.h"
+#include "vmmc_copy.h"
 
 static sigjmp_buf fault;
 static volatile sig_atomic_t copying;
@@ -66,7 +67,7 @@ int dma_copy(void *to, const void *from, size_t length) {
   copying = 1;
   /* The signal fence keeps the copy inside the window that the handler sees. */
   atomic_signal_fence(memory_order_seq_cst);
-  memcpy(to, from, length);
+  vmmc_copy(to, from, length);
   atomic_signal_fence(memory_order_seq_cst);
   copying = 0;
   return 0;

@@ -247,3 +247,36 @@ def lowered(times: int) -> int:
 def test_a_buffer_made_smaller_while_it_is_full(two_nodes: Cluster) -> None:
     """The writer has room again as soon as what it wrote before is read."""
     assert two_nodes.node(0).python(lowered, 20) == 20 * 200_001
+
+
+def placed(distances: list[int], lengths: list[int]) -> int:
+    """Sends from, and receives to, places a given distance from the ring's within their pages; how many of them
+    carried what was sent."""
+    import mmap
+    import random
+
+    listener, client, accepted = pair(1 << 20, 1 << 20)
+    page, position, right = 4096, 0, 0
+    ours, theirs = memoryview(mmap.mmap(-1, 1 << 20)), memoryview(mmap.mmap(-1, 1 << 20))
+    for distance in distances:
+        for length in lengths:
+            data = random.randbytes(length)
+            source, target = (position - distance) % page, (position + distance) % page
+            ours[source : source + length] = data
+            client.sendall(ours[source : source + length])
+            theirs[:] = bytes(1 << 20)
+            got = 0
+            while got < length:
+                got += accepted.recv_into(theirs[target + got : target + length])
+            around = bytes(theirs[:target]) + bytes(theirs[target + length :])
+            right += theirs[target : target + length] == data and not any(around)
+            position += length
+    for each in (listener, client, accepted):
+        each.close()
+    return right
+
+
+def test_wherever_the_programs_buffer_lies_in_its_page(two_nodes: Cluster) -> None:
+    """Bytes are copied in another way where source and destination lie close within their pages."""
+    distances, lengths = [0, 1, 16, 31, 127, 128, 4095], [1, 2047, 2048, 2049, 4096, 6145, 65536, 65543]
+    assert two_nodes.node(0).python(placed, distances, lengths) == len(distances) * len(lengths)

@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include "sys.h"
+#include "vmmc_copy.h"
 #include "wait.h"
 
 /* ---- threads that block the signals of faults ---- */
@@ -61,7 +62,7 @@ bool fault_guard(void (*access)(void *context), void *context) {
 
 /* A program may have named NULL: that faults, as any bad address does, though memcpy is declared never to get it. */
 __attribute__((no_sanitize("nonnull-attribute"))) bool fault_copy(void *to, const void *from, size_t length) {
-  GUARDED(memcpy(to, from, length));
+  GUARDED(vmmc_copy(to, from, length));
   return true;
 }
 
