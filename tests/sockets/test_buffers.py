@@ -250,7 +250,7 @@ def test_a_buffer_made_smaller_while_it_is_full(two_nodes: Cluster) -> None:
 
 
 def placed(distances: list[int], lengths: list[int]) -> int:
-    """Sends from, and receives to, places a given distance from the ring's within their pages; how many of them
+    """Sends from, and receives to, places at a distance from the ring's within their pages; how many of them
     carried what was sent."""
     import mmap
     import random
