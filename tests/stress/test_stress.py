@@ -421,7 +421,7 @@ def test_each_step_of_copying_and_acknowledging_may_be_the_last(
             connection.sendall(random.Random(number).randbytes(length))
 
     with Cluster(nodes=2, name=f"test-{secrets.token_hex(6)}") as cluster:
-        for number in range(20):
+        for number in range(most):  # each run has many of them, how many is chance
             receiver = cluster.node(1).popen(
                 [program("redirected_receive", *flags), str(PORT), str(chunk), str(rounds),
                  *(["ordinary"] if memory == "ordinary" else [])],
