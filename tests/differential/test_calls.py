@@ -356,6 +356,9 @@ EXAMPLES_BY_NAME: dict[str, list[list[Any]]] = {
     "a wildcard is one again": [
         ["bind", 5, "any4", 5], ["connect", 5, 4, "4"], ["own_name", 5], ["disconnect", 5], ["own_name", 5],
     ],
+    "a refused connect keeps its port": [
+        ["shutdown", 4, socket.SHUT_RD], ["block", 5, "connect", 4, "4"], ["own_name", 5],
+    ],
     "receive of nothing times out": [["timed", 0, "recv", 0, "recv", 0]],
     "options out of range": [
         ["setsockopt", 0, socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 0],

@@ -468,8 +468,8 @@ static bool connect_settled(void *context) {
 
 /* There is an outcome: a failed socket is as new afterwards. */
 static int connect_outcome(struct vsocket *s) {
+  learn_addresses(s); /* of a failed one as well: its port is told of still */
   if (connection_view(s).connected) {
-    learn_addresses(s);
     atomic_store_explicit(&s->phase, SOCKET_CONNECTED, memory_order_release);
     return 0;
   }
