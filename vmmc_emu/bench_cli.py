@@ -17,6 +17,7 @@ from vmmc_emu import bench_all as everything_of
 from vmmc_emu import bench_paper as curves
 from vmmc_emu.cluster import Cluster
 from vmmc_emu.errors import ClusterError
+from vmmc_emu.terminal import explained
 
 
 @click.group("bench")
@@ -221,6 +222,7 @@ def everything(
 )  # fmt: skip
 @click.option("--no-plot", is_flag=True, help="Only measure.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@explained
 def paper(
     rounds: int, seconds: float, sizes: tuple[int, ...], prefix: str, no_plot: bool, as_json: bool
 ) -> None:

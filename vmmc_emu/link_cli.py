@@ -54,6 +54,8 @@ def _settings_help() -> str:
 def _ends(arguments: Sequence[str], count: int, *, every: bool) -> tuple[list[Pair], list[str]]:
     """The links that are meant (one direction of each), and the arguments that remain."""
     if every:
+        if arguments and (arguments[0].isdecimal() or arguments[0].startswith("node")):
+            raise click.UsageError("--all is every link: name no nodes")
         return [(a, b) for a in range(count) for b in range(a)], list(arguments)
     if len(arguments) < 2:
         raise click.UsageError("name the two nodes of the link, as in node0 node1, or --all")
@@ -87,7 +89,8 @@ _every = click.option("--all", "every", is_flag=True, help="Every link of the cl
 _nodes = click.argument("nodes", nargs=-1, metavar="NODE NODE")
 
 
-@link.command("set", help=_settings_help())
+# Unknown options are arguments here: "loss -1%" is to be told its range, and not that there is no option -1.
+@link.command("set", help=_settings_help(), context_settings={"ignore_unknown_options": True})
 @_every
 @_one_way
 @click.option("--seed", metavar="NUMBER", help="Of all random decisions; also as a setting.")
@@ -214,6 +217,7 @@ def partition(place: ClusterPaths, groups: tuple[str, ...]) -> None:
     \b
       vmmc-emu partition 0-2 3-7
       vmmc-emu partition 0,2,4            the rest is the other side
+      vmmc-emu partition '{0,1}' '{2,3}'  quoted: a shell would make four groups of it
     """
     count = lifecycle.describe_running(place).nodes
     found = links.groups_of(groups, count)
@@ -228,3 +232,4 @@ def heal(place: ClusterPaths) -> None:
     """Mend every link that is down, whatever cut it; other settings stay."""
     lifecycle.describe_running(place)
     links.heal(place)
+    click.echo("No link is down.")

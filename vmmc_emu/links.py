@@ -56,7 +56,7 @@ def _with_unit(name: str, text: str, what: str, units: Mapping[str, float]) -> i
         return 0
     if parts is None or parts[1] not in units:
         raise ClusterError(
-            f"{name} {text!r}: write {what} with its unit, {', '.join(units)}, as in"
+            f"{name} {text!r}: write {what} with its unit, {', '.join(units)}{_range_of(name)}, as in"
             f" '{name} {_EXAMPLES[name]}'"
         )
     return round(parts[0] * units[parts[1]])
@@ -79,7 +79,7 @@ def _count(name: str, value: Value) -> int:
     if isinstance(value, int):
         return value
     if not (isinstance(value, str) and value.isascii() and value.isdigit()):
-        raise ClusterError(f"{name} {value!r}: write a whole number")
+        raise ClusterError(f"{name} {value!r}: write a whole number{_range_of(name)}")
     return int(value)
 
 
@@ -155,8 +155,22 @@ def understood(settings: Mapping[str, Value]) -> dict[str, Any]:
             raise ClusterError(f"a link has no {given!r}: it has {', '.join(SETTINGS)}")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ClusterError(f"{word} {value!r}: write a number, or text with a unit")
-        found[SETTINGS[word].field] = SETTINGS[word].read(word, value)
+        setting = SETTINGS[word]
+        read = setting.read(word, value)
+        low, high = wires.RANGES[setting.field]
+        if not low <= read <= high:
+            raise ClusterError(f"{word} {value!r}: out of range{_range_of(word)}")
+        found[setting.field] = read
     return found
+
+
+def _range_of(word: str) -> str:
+    """", from 0 to 60s", for errors; nothing for what is kept as the inverse of what is written."""
+    setting = SETTINGS[word]
+    if setting.read is _cost:
+        return ""
+    low, high = (setting.show(each) for each in wires.RANGES[setting.field])
+    return f", from {low} to {high}"
 
 
 def words(text: Sequence[str]) -> dict[str, Value]:
@@ -164,6 +178,8 @@ def words(text: Sequence[str]) -> dict[str, Value]:
     settings: dict[str, Value] = {}
     for at in range(0, len(text), 2):
         word = text[at]
+        if word in ("down", "up"):
+            raise ClusterError(f"'{word}' is a command of its own: vmmc-emu link {word}")
         if word not in SETTINGS:
             raise ClusterError(f"a link has no {word!r}: it has {', '.join(SETTINGS)}")
         if word in settings:

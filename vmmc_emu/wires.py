@@ -55,9 +55,9 @@ class Wire:
     def checked(cls, before: Wire, settings: Mapping[str, Any]) -> Wire:
         """`before` with these settings; ClusterError names the one that cannot be, and its range."""
         for name, value in settings.items():
-            if name not in _RANGES:
-                raise ClusterError(f"a wire has no {name!r}: it has {', '.join(_RANGES)}")
-            low, high = _RANGES[name]
+            if name not in RANGES:
+                raise ClusterError(f"a wire has no {name!r}: it has {', '.join(RANGES)}")
+            low, high = RANGES[name]
             whole = name not in PROBABILITIES
             kinds = (bool,) if name == "up" else (int,) if whole else (int, float)
             if not isinstance(value, kinds) or (name != "up" and isinstance(value, bool)):
@@ -80,7 +80,7 @@ class Wire:
     def control(self) -> dict[str, int]:
         """The fields of struct vmmc_control_wire, but for kind and from."""
         fields: dict[str, int] = {}
-        for name in _RANGES:
+        for name in RANGES:
             value = getattr(self, name)
             if name in PROBABILITIES:
                 fields[f"{name}_ppb"] = round(value * 10**9)
@@ -92,7 +92,7 @@ class Wire:
 PROBABILITIES = ("loss", "corrupt", "duplicate", "reorder")
 
 # What each setting may be; also the order in which they are named to people.
-_RANGES: dict[str, tuple[int, int]] = {
+RANGES: dict[str, tuple[int, int]] = {
     "up": (False, True),
     **dict.fromkeys(PROBABILITIES, (0, 1)),
     "delay_ns": (0, 60 * _SECOND_NS),

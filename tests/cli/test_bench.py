@@ -117,5 +117,6 @@ def test_paper(up: Cli, tmp_path: Path) -> None:
 def test_paper_says_first_where_it_cannot_draw(up: Cli) -> None:
     done = up("bench", "paper", "--plot", "/nowhere/at/all")
     assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
     assert "/nowhere/at" in done.stderr
     assert "--plot" in done.stderr
