@@ -131,18 +131,22 @@ static bool is_connecting(const struct connection *c) {
   return c->state == CONNECTION_CONNECTING || c->state == CONNECTION_BUSY;
 }
 
-static void await(const struct connection *c) {
-  if (is_connecting(c) && (c->flags & WELCOMED)) awaited[c->far_node]++;
+static void await(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  if (e->work[slot].awaited || !is_connecting(c) || !(c->flags & WELCOMED)) return;
+  e->work[slot].awaited = true;
+  awaited[c->far_node]++;
 }
 
-/* Before the state becomes another. */
-static void await_no_more(const struct connection *c) {
-  if (is_connecting(c) && (c->flags & WELCOMED)) awaited[c->far_node]--;
+static void await_no_more(struct endpoint *e, uint32_t slot) {
+  if (!e->work[slot].awaited) return;
+  e->work[slot].awaited = false;
+  awaited[connection_of(e, slot)->far_node]--;
 }
 
 static void finish(struct endpoint *e, uint32_t slot) {
   struct connection *c = connection_of(e, slot);
-  await_no_more(c);
+  await_no_more(e, slot);
   port_release(c);
   if (is_passive(slot)) port_left(c);
   if (e->work[slot].remote) remote_release(e->work[slot].remote);
@@ -204,7 +208,7 @@ static void withdraw(struct endpoint *e, uint32_t slot) {
 void connection_fail(struct endpoint *e, uint32_t slot, int error) {
   struct connection *c = connection_of(e, slot);
   if (c->state == CONNECTION_NONE || c->state == CONNECTION_DEAD) return;
-  await_no_more(c);
+  await_no_more(e, slot);
   /* The errno before the state: a successor shows the app the state again, and knows no errno. */
   if (!(atomic_load_explicit(&nic_slot(e, slot)->status, memory_order_relaxed) & VMMC_ERRNO_MASK))
     set_status(e, slot, (uint32_t)error);
@@ -305,13 +309,13 @@ static int request_connect(struct endpoint *e, uint32_t slot, struct vmmc_addres
   c->told = c->window;
   c->asked = request;
   bool welcomed = awaited[node] < link_welcomes(node, &peer);
-  if (welcomed) c->flags |= WELCOMED;
+  c->flags = welcomed ? c->flags | WELCOMED : c->flags & ~(uint32_t)WELCOMED; /* a predecessor may have noted it */
   nic_slot(e, slot)->local = local;
   nic_slot(e, slot)->peer = peer;
   nic_slot(e, slot)->peer_node = node;
   in_order();
   c->state = CONNECTION_CONNECTING;
-  await(c);
+  await(e, slot);
   atomic_store_explicit(&nic_slot(e, slot)->state, welcomed ? VMMC_ESTABLISHED : VMMC_CONNECTING, memory_order_release);
   if (welcomed) {
     set_status(e, slot, VMMC_CONNECTED);
@@ -614,9 +618,10 @@ void connection_end(struct endpoint *e, uint32_t slot) {
   if (!(h.shut & VMMC_CLOSED)) return;
   if (c->state == CONNECTION_LISTENING)
     look_listening(e, slot, &h);
-  else if (c->state == CONNECTION_IDLE || c->state == CONNECTION_DEAD ||
-           (c->state == CONNECTION_BUSY && !(c->flags & WELCOMED)))
+  else if (c->state == CONNECTION_IDLE || c->state == CONNECTION_DEAD)
     finish(e, slot);
+  else if (c->state == CONNECTION_BUSY && (!(c->flags & WELCOMED) || (h.shut & VMMC_ABORT)))
+    finish(e, slot); /* the peer has nothing of it; who was welcomed, and not to be reset, may have written */
 }
 
 void connection_abort(struct endpoint *e, uint32_t slot) {
@@ -877,7 +882,7 @@ static void established(struct endpoint *e, uint32_t slot, const struct packet *
   c->far = p->from;
   c->far_limit = p->limit;
   in_order();
-  await_no_more(c);
+  await_no_more(e, slot);
   c->state = CONNECTION_ESTABLISHED;
   COUNT(e, connections_opened, 1);
   if (!(c->flags & WELCOMED)) { /* else it is known */
@@ -912,6 +917,7 @@ static void connect_answered(struct link *link, struct endpoint *e, uint32_t slo
   } else {
     c->state = CONNECTION_BUSY;
     link_wait_busy(link, e, slot);
+    connection_end(e, slot);
   }
 }
 
@@ -1110,7 +1116,7 @@ void connection_recover(struct endpoint *e, uint32_t slot) {
     if (atomic_load_explicit(&n->generation, memory_order_relaxed) == c->generation)
       atomic_store_explicit(&n->state, VMMC_FREE, memory_order_release);
   } else {
-    await(c);
+    await(e, slot);
     show(e, slot);
     if (c->state == CONNECTION_DEAD && link_to(c->far_node)) withdraw(e, slot);
     struct link *link = c->state == CONNECTION_ESTABLISHED ? link_to(c->far_node) : NULL;

@@ -67,6 +67,7 @@ struct slot_work {
   uint32_t slot;
   uint32_t next_held;     /* the next slot of the list that it is in, + 1 */
   bool held;              /* in the endpoint's list of slots whose rings may have pages to give back */
+  bool awaited;           /* it was welcomed, and its answer is counted on (connection.c) */
   bool recalled;          /* its peer was asked for credit that it does not use, since it last moved */
 };
 

@@ -72,11 +72,12 @@ class End:
         self.process.stdin.flush()
 
     def has_spoken(self, within: float = 0) -> bool:
+        assert self.process.stdout is not None
         return bool(select.select([self.process.stdout], [], [], within)[0])
 
     def heard(self) -> str:
-        assert self.process.stdout is not None
         assert self.has_spoken(30), "no answer"
+        assert self.process.stdout is not None
         return str(self.process.stdout.readline()).strip()
 
     def __call__(self, line: str) -> str:
@@ -275,6 +276,8 @@ def test_a_wire_with_a_delay_delays_connect(ends: Ends) -> None:
     """Nobody is shown as connected before the wire has carried it there and back."""
     before = ends.welcomed()
     ends.cluster.link(0, 1).set(delay="1ms")
+    while not ends.cluster.link(0, 1).counters()[1, 0]["wire_changes"]:  # its NIC has been told
+        pass
     assert ends.client(f"connect('c', {ends.PORT})") == "None"
     assert ends.welcomed() == before
 

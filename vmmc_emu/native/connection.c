@@ -7,6 +7,7 @@
 #include "connection.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <string.h>
 
 #include "address.h"
@@ -282,17 +283,28 @@ static bool nic_let_go(void *context) {
          endpoint_detached(s->endpoint);
 }
 
-void connection_stop_listening(struct vsocket *s) {
+bool connection_stop_listening(struct vsocket *s, uint64_t *mask) {
   enum { PATIENCE_NS = 1000000000 }; /* a NIC that was killed has a successor long before */
-  if (!s->generation || atomic_load(&s->phase) != SOCKET_LISTENING || endpoint_detached(s->endpoint)) return;
+  if (!s->generation || atomic_load(&s->phase) != SOCKET_LISTENING || endpoint_detached(s->endpoint)) return false;
+  uint64_t faults = 1ull << (SIGSEGV - 1) | 1ull << (SIGBUS - 1), others = ~faults;
+  sys_call(SYS_rt_sigprocmask, SIG_BLOCK, (long)&others, (long)mask, sizeof *mask, 0, 0);
+  /* First, so that no other thread accepts what the NIC is about to reset. */
+  critical_lock(&s->receive_lock);
+  atomic_store_explicit(&s->phase, SOCKET_BOUND, memory_order_release);
+  critical_unlock(&s->receive_lock);
   struct wait_word words[SOCKET_WORDS];
-  int count = socket_wait_words(s, false, true, words), cancel;
+  int count = socket_wait_words(s, false, true, words);
   atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, VMMC_CLOSED);
   endpoint_ring_slot(s->endpoint, s->slot);
+  int cancel;
   pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
-  while (wait_until(words, count, nic_let_go, s, connection_deadline(PATIENCE_NS), wait_signals_now(), false) == -EINTR) {
-  }
+  wait_until(words, count, nic_let_go, s, connection_deadline(PATIENCE_NS), wait_signals_now(), false);
   pthread_setcancelstate(cancel, NULL);
+  return true;
+}
+
+void connection_stopped(const uint64_t *mask) {
+  sys_call(SYS_rt_sigprocmask, SIG_SETMASK, (long)mask, 0, sizeof *mask, 0, 0);
 }
 
 /* ---- accept ---- */
@@ -504,8 +516,10 @@ static int disconnect(struct vsocket *s) {
   bool resets = (view.connected || view.connecting) && !connection_over(s);
   /* The error before what wakes: as Linux, which resets the connection on this side too. */
   atomic_store(&s->error, resets ? ECONNRESET : connection_pending_error(s));
-  connection_stop_listening(s);
+  uint64_t mask;
+  bool stopped = connection_stop_listening(s, &mask);
   abandon(s, connection_leave(s, true));
+  if (stopped) connection_stopped(&mask);
   control_end(s, &undo);
   return 0;
 }
@@ -555,8 +569,10 @@ int socket_shutdown(struct vsocket *s, int how) {
     control_begin(s, &undo);
     if (atomic_load(&s->phase) == SOCKET_LISTENING) {
       s->bound = true;
-      connection_stop_listening(s);
+      uint64_t mask;
+      bool stopped = connection_stop_listening(s, &mask);
       abandon(s, VMMC_CLOSED);
+      if (stopped) connection_stopped(&mask);
     }
     control_end(s, &undo);
     return 0;

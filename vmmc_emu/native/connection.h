@@ -51,8 +51,10 @@ void stream_give_up(struct vsocket *s);
 uint32_t connection_leave(struct vsocket *s, bool reset);
 
 /* Of a listening socket that is about to be given up: until its NIC has taken it off the port, so that whoever connects
- * after the call that ends it is refused (peers' NICs may answer for a listener: nodes/nic/port.c). */
-void connection_stop_listening(struct vsocket *s);
+ * after the call that ends it is refused (peers' NICs may answer for a listener: nodes/nic/port.c).  True: from here to
+ * connection_stopped no handler runs, which could leave it half given up or make the same call. */
+bool connection_stop_listening(struct vsocket *s, uint64_t *mask);
+void connection_stopped(const uint64_t *mask);
 
 /* The error that SO_ERROR or the next call would give, as a positive errno, 0 none. */
 int connection_pending_error(struct vsocket *s);

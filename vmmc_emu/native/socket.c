@@ -119,10 +119,12 @@ static void end(struct vsocket *s) {
   bool connected = connection_view(s).connected;
   uint32_t bits = connection_leave(s, s->linger_s == 0);
   if (s->forks != atomic_load_explicit(&socket_forks, memory_order_relaxed)) bits |= VMMC_FORKED;
-  connection_stop_listening(s);
+  uint64_t mask;
+  bool stopped = connection_stop_listening(s, &mask);
   slot_leave(s, bits);
   if (s->linger_s > 0 && connected) linger(s);
   slot_give_back(s);
+  if (stopped) connection_stopped(&mask);
 }
 
 int socket_close(struct vsocket *s) {
