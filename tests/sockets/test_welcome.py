@@ -12,8 +12,9 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -87,6 +88,11 @@ class End:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def waits_for_its_nic(pid: int) -> bool:
+    futex_waitv = "449"
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] == futex_waitv
 
 
 class Ends:
@@ -228,15 +234,32 @@ def test_a_listener_that_was_given_up_refuses(ends: Ends, way: str) -> None:
 @pytest.mark.parametrize("way", ["close('listener')", "s['listener'].shutdown(socket.SHUT_RD)"])
 def test_giving_a_listener_up_waits_for_its_nic(ends: Ends, way: str) -> None:
     """Else a peer's NIC might still answer for it when the call has returned."""
-    futex_waitv = "449"
     with ends.stopped(1):
         ends.server.tell(way)
         while not ends.server.has_spoken():
-            if Path(f"/proc/{ends.server.process.pid}/syscall").read_text().split()[0] == futex_waitv:
+            if waits_for_its_nic(ends.server.process.pid):
                 break
         else:
             pytest.fail("it has not waited")
     assert ends.server.heard() == "None"
+
+
+@pytest.mark.parametrize(("what", "says"), [("again", "shutdown 0"), ("jump", "jumped")])
+def test_a_handler_runs_when_the_listener_has_been_given_up(
+    ends: Ends, program: Callable[..., str], what: str, says: str
+) -> None:
+    """It may make the same call, and may leave by a jump."""
+    command = [program("gives_up"), "7301", what]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    process: Any = ends.cluster.node(1).popen(command, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    with ends.stopped(1):
+        process.stdin.write("\n")
+        process.stdin.flush()
+        while not waits_for_its_nic(process.pid):
+            pass
+        process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=30)[0].splitlines() == [says, "listen 0", "close 0"]
 
 
 @pytest.mark.parametrize("backlog", [0, 1, 2, 7, 30])
