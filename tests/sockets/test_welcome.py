@@ -295,6 +295,39 @@ def test_a_smaller_backlog_holds_at_once(ends: Ends) -> None:
     assert ends.client("made('late')") == "False"
 
 
+@pytest.mark.parametrize("end", ["reset", "close"])
+def test_the_room_was_gone(end: str) -> None:
+    """Another node was faster: who was welcomed waits like any other, and ends as it says."""
+    with Cluster(nodes=3) as cluster:
+        ends, late = Ends(cluster), End(cluster, 2)
+        try:
+            assert ends.server(f"close('listener') or listen({ends.PORT}, 4)") == "None"
+            for who in (ends.client, late):
+                assert who(f"connect('first', {ends.PORT})") == "None"
+                assert ends.server("accept('a') or close('a')") == "None"
+                assert who("close('first')") == "None"
+            with ends.stopped(1):
+                # The link with node 0 is looked at before that with node 2.
+                assert ends.client(f"[begin(i, {ends.PORT}) for i in range(5)]") == repr([True] * 5)
+                assert late(f"connect('c', {ends.PORT})") == "None"
+                assert late("s['c'].send(b'late')") == "4"
+            assert cluster.node(2).counters()["connections_welcomed"] == 1
+            if end == "reset":
+                late("s['c'].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))")
+            assert late("close('c')") == "None"
+            if end == "reset":
+                while cluster.node(2).sockets():  # its slot and port are free again
+                    pass
+            for i in range(5):
+                assert ends.server(f"accept({i})") == "None"
+            if end == "close":
+                assert ends.server("accept('late')") == "None"
+                assert ends.server("receive_all('late')") == "b'late'"
+        finally:
+            for each in (ends.client, ends.server, late):
+                each.kill()
+
+
 def test_a_wire_with_a_delay_delays_connect(ends: Ends) -> None:
     """Nobody is shown as connected before the wire has carried it there and back."""
     before = ends.welcomed()
