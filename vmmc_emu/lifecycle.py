@@ -374,8 +374,16 @@ def remove_segments(place: ClusterPaths, node: int | None = None) -> None:
             continue
         if name.endswith(".nic"):
             _tell_gone(paths.SHM / name, why)
+        if name.endswith(".pub"):
+            _deface(paths.SHM / name)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(paths.SHM / name)
+
+
+def _deface(pub: Path) -> None:
+    """Takes the magic number away: peers' NICs, which have it mapped, answer no connect by it any more."""
+    with contextlib.suppress(OSError), pub.open("r+b", buffering=0) as segment:
+        segment.write(bytes(4))
 
 
 def _tell_gone(segment: Path, why: str) -> None:

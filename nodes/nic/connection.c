@@ -517,6 +517,7 @@ static void answer_connect(struct link *link, const struct packet *p) {
   slot = connection_commit(e, listener, l->placed + sizeof(struct vmmc_accept_entry)) ? take_passive(e) : VMMC_SLOTS;
   if (slot == VMMC_SLOTS) {
     log_event("warning", "endpoint %u (pid %d): no slot or memory for a connection to port %u", e->index, e->pid, p->peer.port);
+    port_welcome(&p->peer, 0);
     COUNT_NODE(connections_refused, 1);
     refuse(link, p, PACKET_REFUSED, ECONNREFUSED);
     return;

@@ -101,7 +101,10 @@ static uint64_t taken_by_peer(struct link *link) {
 
 uint32_t link_welcomes(uint32_t node, const struct vmmc_address *to) {
   struct link *link = node != nic.node ? nic.link[node] : NULL; /* this NIC's own answer is here as soon */
-  return link && link->in && !link->retransmit ? port_welcomes(link->pub, to) : 0;
+  if (!link || !link->in || link->retransmit) return 0;
+  if (atomic_load_explicit(&link->in->wire, memory_order_relaxed)) return 0; /* no more perfect, and we have yet to hear */
+  /* Without the magic its node has lost its power, which we have yet to hear as well. */
+  return *(const volatile uint32_t *)&link->pub->magic == VMMC_MAGIC ? port_welcomes(link->pub, to) : 0;
 }
 
 uint64_t link_tail(const struct link *link) { return link->tail; }

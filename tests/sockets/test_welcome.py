@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -344,3 +345,14 @@ def test_the_node_that_would_have_answered_is_gone(ends: Ends) -> None:
         assert ends.client("s['c'].send(b'question')") == "8"
         ends.cluster.node(1).kill()
     assert ends.client("s['c'].recv(100)") == "ETIMEDOUT"
+
+
+def test_a_node_without_power_welcomes_nobody(ends: Ends) -> None:
+    """From the moment that `kill` returns, whatever its peers' NICs have heard."""
+    with ends.stopped(0):
+        killer = threading.Thread(target=ends.cluster.node(1).kill)
+        killer.start()
+        killer.join(20)
+        assert not killer.is_alive()
+        ends.client.tell(f"connect('c', {ends.PORT})")
+    assert ends.client.heard() in ("EHOSTUNREACH", "ETIMEDOUT")
