@@ -1,7 +1,7 @@
 /*
  * vmmc_copy.h: memcpy of many bytes, at its usual speed wherever they lie.
  *
- * memcpy of glibc copies larger blocks by `rep movsb`, which on some processors (AMD's Zen 3 and 4) is fifteen
+ * memcpy of glibc copies larger blocks by `rep movsb`, which on some processors (an AMD EPYC, say) is fifteen
  * times slower when the destination lies a few bytes further into its page than the source into its own: the
  * processor takes what it is about to load for what it has just stored.  malloc gives large blocks 16 bytes into a
  * page, and ring buffers begin with one, so that is what most receives are.  Smaller pieces are copied by loads and

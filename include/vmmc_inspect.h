@@ -30,6 +30,9 @@ VMMC_API uint64_t vmmc_layout_size(const char *what);
  * good, and why, and ends its VMMC calls (ENETDOWN).  Only who took the node away may; 0, or -1 with errno set. */
 VMMC_API int vmmc_tell_gone(const char *path, const char *why);
 
+/* Likewise, to the NICs of a node's peers, that the node whose `pub` is in that file has lost its power. */
+VMMC_API int vmmc_tell_off(const char *path);
+
 struct vmmc_counter {
   const char *name;    /* static */
   const char *meaning; /* static, one line */

@@ -493,7 +493,7 @@ struct vmmc_pub { /* writer: NIC */
   uint32_t node, nodes;
   uint32_t boot; /* how often the node was started: it loses its memory in between */
   _Atomic uint32_t incarnation; /* raised by each NIC process that takes the node over */
-  _Atomic int32_t nic_pid;
+  _Atomic int32_t nic_pid; /* 0: the node has lost its power; then who took it away is the writer */
   _Atomic uint32_t retiring; /* serial of the endpoint whose counters are just being added to `retired`, 0: none */
   /* 1 while the NIC sleeps or is about to: whoever gives it work then raises and wakes a bell: an app
    * the one of its endpoint, a NIC the one of the door.  Readers order their own store before the load

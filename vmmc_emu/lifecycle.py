@@ -372,28 +372,22 @@ def remove_segments(place: ClusterPaths, node: int | None = None) -> None:
     for name in place.segments():
         if not name.startswith(prefix):
             continue
-        if name.endswith(".nic"):
-            _tell_gone(paths.SHM / name, why)
-        if name.endswith(".pub"):
-            _deface(paths.SHM / name)
+        if name.endswith(".nic"):  # a visitor may wait there, which does not end with its node
+            _tell("vmmc_tell_gone", paths.SHM / name, why.encode())
+        elif name.endswith(".pub") and node is not None:  # peers' NICs answer connects by it
+            _tell("vmmc_tell_off", paths.SHM / name)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(paths.SHM / name)
 
 
-def _deface(pub: Path) -> None:
-    """Takes the magic number away: peers' NICs, which have it mapped, answer no connect by it any more."""
-    with contextlib.suppress(OSError), pub.open("r+b", buffering=0) as segment:
-        segment.write(bytes(4))
-
-
-def _tell_gone(segment: Path, why: str) -> None:
-    """Ends what a process waits for whose NIC is gone: a visitor's, which does not end with its node."""
+def _tell(call: str, segment: Path, *arguments: bytes) -> None:
+    """Writes into a segment whose NIC is gone what others that have it mapped are to find."""
     import ctypes  # noqa: PLC0415  mostly there is nobody
 
     with contextlib.suppress(OSError, ClusterError):
-        library = ctypes.CDLL(os.fspath(paths.native_file("libvmmc.so")))
-        library.vmmc_tell_gone.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-        library.vmmc_tell_gone(os.fsencode(segment), why.encode())
+        function = ctypes.CDLL(os.fspath(paths.native_file("libvmmc.so")))[call]
+        function.argtypes = [ctypes.c_char_p] * (1 + len(arguments))
+        function(os.fsencode(segment), *arguments)
 
 
 # ---- looking ----

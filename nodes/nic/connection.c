@@ -917,8 +917,8 @@ static void connect_answered(struct link *link, struct endpoint *e, uint32_t slo
     finish(e, slot);
   } else {
     c->state = CONNECTION_BUSY;
-    link_wait_busy(link, e, slot);
-    connection_end(e, slot);
+    connection_end(e, slot); /* the app may have closed it */
+    if (c->state == CONNECTION_BUSY) link_wait_busy(link, e, slot);
   }
 }
 

@@ -102,9 +102,11 @@ static uint64_t taken_by_peer(struct link *link) {
 uint32_t link_welcomes(uint32_t node, const struct vmmc_address *to) {
   struct link *link = node != nic.node ? nic.link[node] : NULL; /* this NIC's own answer is here as soon */
   if (!link || !link->in || link->retransmit) return 0;
-  if (atomic_load_explicit(&link->in->wire, memory_order_relaxed)) return 0; /* no more perfect, and we have yet to hear */
-  /* Without the magic its node has lost its power, which we have yet to hear as well. */
-  return *(const volatile uint32_t *)&link->pub->magic == VMMC_MAGIC ? port_welcomes(link->pub, to) : 0;
+  /* The wire may not be perfect any more, or the node have lost its power, and we have yet to hear.  relaxed: each word
+   * speaks for itself. */
+  bool as_it_was = !atomic_load_explicit(&link->in->wire, memory_order_relaxed) &&
+                   atomic_load_explicit(&link->pub->nic_pid, memory_order_relaxed);
+  return as_it_was ? port_welcomes(link->pub, to) : 0;
 }
 
 uint64_t link_tail(const struct link *link) { return link->tail; }

@@ -220,6 +220,8 @@ static uint64_t welcome_key(const struct vmmc_address *to) {
   return (mixed >> 32) << 32 | (uint64_t)to->port << 16;
 }
 
+/* relaxed, here and below: an entry is one word that speaks for itself.  Who was told that the listener is gone (the
+ * release of its slot's state, in finish(), and whatever led from there to a peer) finds its entry gone too. */
 void port_welcome(const struct vmmc_address *to, uint64_t room) {
   uint64_t entry = welcome_key(to) | (room < WELCOME_ROOM_MAX ? room : WELCOME_ROOM_MAX);
   atomic_store_explicit(&nic.pub->welcome[to->port % VMMC_WELCOMES], entry, memory_order_relaxed);

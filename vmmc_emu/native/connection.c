@@ -7,7 +7,6 @@
 #include "connection.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <string.h>
 
 #include "address.h"
@@ -277,36 +276,6 @@ int socket_listen(struct vsocket *s, int backlog) {
   return error;
 }
 
-static bool nic_let_go(void *context) {
-  struct vsocket *s = context;
-  return atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->state, memory_order_acquire) == VMMC_FREE ||
-         endpoint_detached(s->endpoint);
-}
-
-bool connection_stop_listening(struct vsocket *s, uint64_t *mask) {
-  enum { PATIENCE_NS = 1000000000 }; /* a NIC that was killed has a successor long before */
-  if (!s->generation || atomic_load(&s->phase) != SOCKET_LISTENING || endpoint_detached(s->endpoint)) return false;
-  uint64_t faults = 1ull << (SIGSEGV - 1) | 1ull << (SIGBUS - 1), others = ~faults;
-  sys_call(SYS_rt_sigprocmask, SIG_BLOCK, (long)&others, (long)mask, sizeof *mask, 0, 0);
-  /* First, so that no other thread accepts what the NIC is about to reset. */
-  critical_lock(&s->receive_lock);
-  atomic_store_explicit(&s->phase, SOCKET_BOUND, memory_order_release);
-  critical_unlock(&s->receive_lock);
-  struct wait_word words[SOCKET_WORDS];
-  int count = socket_wait_words(s, false, true, words);
-  atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, VMMC_CLOSED);
-  endpoint_ring_slot(s->endpoint, s->slot);
-  int cancel;
-  pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
-  wait_until(words, count, nic_let_go, s, connection_deadline(PATIENCE_NS), wait_signals_now(), false);
-  pthread_setcancelstate(cancel, NULL);
-  return true;
-}
-
-void connection_stopped(const uint64_t *mask) {
-  sys_call(SYS_rt_sigprocmask, SIG_SETMASK, (long)mask, 0, sizeof *mask, 0, 0);
-}
-
 /* ---- accept ---- */
 
 uint64_t connection_accepts_waiting(const struct vsocket *s) {
@@ -410,9 +379,46 @@ static struct vmmc_address source_for(const struct vsocket *s, const struct vmmc
   return local;
 }
 
-/* The connection failed (or is given up): the slot goes, the socket can connect again.  What the program
- * bound stays bound to the socket: the next request asks for it. */
-static void abandon(struct vsocket *s, uint32_t bits) {
+static bool nic_is_done(void *context) {
+  struct vsocket *s = context;
+  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
+  uint32_t state = atomic_load_explicit(&n->state, memory_order_acquire);
+  return state == VMMC_FREE || state == VMMC_DEAD ||
+         atomic_load_explicit(&n->generation, memory_order_acquire) != s->generation;
+}
+
+int connection_await_nic(struct vsocket *s, uint64_t deadline_ns) {
+  struct wait_word words[SOCKET_WORDS];
+  int count = socket_wait_words(s, false, true, words);
+  /* A thread that is cancelled meanwhile must still give the slot back: it is cancelled after that. */
+  int cancel;
+  pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
+  int waited = wait_until(words, count, nic_is_done, s, deadline_ns, wait_signals_now(), true);
+  pthread_setcancelstate(cancel, NULL);
+  return waited;
+}
+
+/* Until the NIC has taken a listening socket off its port, so that who connects after the call that gave it up is
+ * refused: peers' NICs may answer for a listener (nodes/nic/port.c). */
+static void stop_listening(struct vsocket *s) {
+  enum { PATIENCE_NS = 1000000000 }; /* a NIC that was killed has a successor long before */
+  if (!s->generation || atomic_load(&s->phase) != SOCKET_LISTENING || endpoint_detached(s->endpoint)) return;
+  /* First, so that no other thread accepts what the NIC is about to reset. */
+  critical_lock(&s->receive_lock);
+  atomic_store_explicit(&s->phase, SOCKET_BOUND, memory_order_release);
+  critical_unlock(&s->receive_lock);
+  /* seq_cst: before the look at whether the NIC sleeps, in the ring that follows */
+  atomic_fetch_or(&app_slot(s->endpoint, s->slot)->shut, VMMC_CLOSED);
+  endpoint_ring_slot(s->endpoint, s->slot);
+  uint64_t deadline = connection_deadline(PATIENCE_NS);
+  while (connection_await_nic(s, deadline) == -EINTR) { /* by a signal, which is put off until the caller is done */
+  }
+}
+
+void connection_abandon(struct vsocket *s, uint32_t bits) {
+  /* No handler until it is done: it could jump out of it half given up, or make the same call and wait for us. */
+  critical_begin();
+  stop_listening(s);
   /* No send or receive may be in the slot when somebody else gets it. */
   critical_lock(&s->send_lock);
   critical_lock(&s->receive_lock);
@@ -430,6 +436,7 @@ static void abandon(struct vsocket *s, uint32_t bits) {
   critical_unlock(&s->receive_lock);
   critical_unlock(&s->send_lock);
   connection_wake_local(s);
+  critical_end();
 }
 
 static bool connect_decided(void *context) { return !connection_view(context).connecting; }
@@ -466,7 +473,7 @@ static int connect_answer(struct vsocket *s) {
     learn_addresses(s);
     return 0;
   }
-  abandon(s, VMMC_CLOSED);
+  connection_abandon(s, VMMC_CLOSED);
   atomic_store(&s->error, s->error_before);
   return error;
 }
@@ -486,7 +493,7 @@ static int connect_outcome(struct vsocket *s) {
     return 0;
   }
   int error = connection_take_error(s);
-  abandon(s, VMMC_CLOSED);
+  connection_abandon(s, VMMC_CLOSED);
   return error ? -error : -ECONNABORTED; /* SO_ERROR had it already */
 }
 
@@ -516,10 +523,7 @@ static int disconnect(struct vsocket *s) {
   bool resets = (view.connected || view.connecting) && !connection_over(s);
   /* The error before what wakes: as Linux, which resets the connection on this side too. */
   atomic_store(&s->error, resets ? ECONNRESET : connection_pending_error(s));
-  uint64_t mask;
-  bool stopped = connection_stop_listening(s, &mask);
-  abandon(s, connection_leave(s, true));
-  if (stopped) connection_stopped(&mask);
+  connection_abandon(s, connection_leave(s, true));
   control_end(s, &undo);
   return 0;
 }
@@ -569,10 +573,7 @@ int socket_shutdown(struct vsocket *s, int how) {
     control_begin(s, &undo);
     if (atomic_load(&s->phase) == SOCKET_LISTENING) {
       s->bound = true;
-      uint64_t mask;
-      bool stopped = connection_stop_listening(s, &mask);
-      abandon(s, VMMC_CLOSED);
-      if (stopped) connection_stopped(&mask);
+      connection_abandon(s, VMMC_CLOSED);
     }
     control_end(s, &undo);
     return 0;
@@ -584,7 +585,7 @@ int socket_shutdown(struct vsocket *s, int how) {
     if (connection_view(s).connecting) {
       /* Linux: the attempt ends. */
       atomic_store(&s->error, ECONNRESET);
-      abandon(s, VMMC_CLOSED);
+      connection_abandon(s, VMMC_CLOSED);
     }
     control_end(s, &undo);
     return 0;

@@ -50,11 +50,12 @@ void stream_give_up(struct vsocket *s);
 /* The program leaves the connection: VMMC_CLOSED, and VMMC_ABORT where it is to be reset and is not over. */
 uint32_t connection_leave(struct vsocket *s, bool reset);
 
-/* Of a listening socket that is about to be given up: until its NIC has taken it off the port, so that whoever connects
- * after the call that ends it is refused (peers' NICs may answer for a listener: nodes/nic/port.c).  True: from here to
- * connection_stopped no handler runs, which could leave it half given up or make the same call. */
-bool connection_stop_listening(struct vsocket *s, uint64_t *mask);
-void connection_stopped(const uint64_t *mask);
+/* The connection failed, or it or a listener is given up: the slot goes, the socket can connect again.  What the
+ * program bound stays bound to the socket: the next request asks for it. */
+void connection_abandon(struct vsocket *s, uint32_t bits);
+
+/* Waits until the NIC has nothing left to do for a slot that was left.  0, -ETIMEDOUT, or -EINTR: a handler ran. */
+int connection_await_nic(struct vsocket *s, uint64_t deadline_ns);
 
 /* The error that SO_ERROR or the next call would give, as a positive errno, 0 none. */
 int connection_pending_error(struct vsocket *s);

@@ -75,6 +75,17 @@ int vmmc_tell_gone(const char *path, const char *why) {
   return told ? 0 : -1;
 }
 
+int vmmc_tell_off(const char *path) {
+  const int32_t none = 0;
+  int fd = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+  if (fd < 0) return -1;
+  bool told = pwrite(fd, &none, sizeof none, offsetof(struct vmmc_pub, nic_pid)) == sizeof none;
+  int error = errno;
+  close(fd);
+  errno = error;
+  return told ? 0 : -1;
+}
+
 /* ---- segments by name ---- */
 
 static bool name_is_good(const char *cluster) {

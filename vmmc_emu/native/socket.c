@@ -94,37 +94,20 @@ struct vsocket *socket_new(int family) {
 
 /* ---- close ---- */
 
-static bool delivered(void *context) {
-  struct vsocket *s = context;
-  const struct vmmc_nic_slot *n = nic_slot(s->endpoint, s->slot);
-  uint32_t state = atomic_load_explicit(&n->state, memory_order_acquire);
-  return state == VMMC_FREE || state == VMMC_DEAD ||
-         atomic_load_explicit(&n->generation, memory_order_acquire) != s->generation;
-}
-
-/* SO_LINGER: until the NIC has nothing left to deliver, or the time is over. */
-static void linger(struct vsocket *s) {
-  struct wait_word words[SOCKET_WORDS];
-  int count = socket_wait_words(s, false, true, words);
-  /* A thread that is cancelled meanwhile must still give the slot back: it is cancelled after that. */
-  int cancel;
-  pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
-  wait_until(words, count, delivered, s, connection_deadline((uint64_t)s->linger_s * 1000000000u), wait_signals_now(), true);
-  pthread_setcancelstate(cancel, NULL);
-}
-
 static void end(struct vsocket *s) {
   if (atomic_exchange(&s->ended, 1) || !s->generation) return;
   if (!connection_usable(s)) return; /* a child of fork: the parent's connection goes on */
+  if (atomic_load(&s->phase) == SOCKET_LISTENING) {
+    connection_abandon(s, VMMC_CLOSED);
+    return;
+  }
   bool connected = connection_view(s).connected;
   uint32_t bits = connection_leave(s, s->linger_s == 0);
   if (s->forks != atomic_load_explicit(&socket_forks, memory_order_relaxed)) bits |= VMMC_FORKED;
-  uint64_t mask;
-  bool stopped = connection_stop_listening(s, &mask);
   slot_leave(s, bits);
-  if (s->linger_s > 0 && connected) linger(s);
+  if (s->linger_s > 0 && connected) /* until all is delivered, the time is over, or a handler ran */
+    connection_await_nic(s, connection_deadline((uint64_t)s->linger_s * 1000000000u));
   slot_give_back(s);
-  if (stopped) connection_stopped(&mask);
 }
 
 int socket_close(struct vsocket *s) {
