@@ -97,13 +97,15 @@ def test_handler(ends: tuple[Endpoint, Endpoint]) -> None:
 
 def test_a_handler_may_use_the_endpoint(ends: tuple[Endpoint, Endpoint]) -> None:
     """Ping-pong between two handlers."""
-    rounds, done = 100, threading.Event()
+    rounds, answered, done = 100, threading.Event(), threading.Event()
     there = connect(ends, "there")
     back = (ends[1].export(ends[1].alloc(PAGE), "back"), ends[0].import_(1, "back", timeout_ms=TIMEOUT_MS))
     ping, pong = ends[1].alloc(8), ends[0].alloc(8)
 
     def on_ping(notice: Notice) -> None:
         back[1].send(pong, notify=True, tag=notice.tag, timeout_ms=TIMEOUT_MS)
+        if notice.tag == rounds:
+            answered.set()  # the pong may be there before the send that brought it has returned
 
     def on_pong(notice: Notice) -> None:
         if notice.tag == rounds:
@@ -115,6 +117,7 @@ def test_a_handler_may_use_the_endpoint(ends: tuple[Endpoint, Endpoint]) -> None
     back[0].on_notification(on_pong)
     there[1].send(ping, notify=True, tag=1, timeout_ms=TIMEOUT_MS)
     assert done.wait(TIMEOUT_S)
+    assert answered.wait(TIMEOUT_S)
 
 
 def test_a_full_ring_is_told_to_the_sender_and_loses_none(ends: tuple[Endpoint, Endpoint]) -> None:

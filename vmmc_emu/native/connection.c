@@ -415,7 +415,7 @@ static void stop_listening(struct vsocket *s) {
   }
 }
 
-void connection_abandon(struct vsocket *s, uint32_t bits) {
+void connection_give_up(struct vsocket *s, uint32_t bits) {
   /* No handler until it is done: it could jump out of it half given up, or make the same call and wait for us. */
   critical_begin();
   stop_listening(s);
@@ -473,7 +473,7 @@ static int connect_answer(struct vsocket *s) {
     learn_addresses(s);
     return 0;
   }
-  connection_abandon(s, VMMC_CLOSED);
+  connection_give_up(s, VMMC_CLOSED);
   atomic_store(&s->error, s->error_before);
   return error;
 }
@@ -493,7 +493,7 @@ static int connect_outcome(struct vsocket *s) {
     return 0;
   }
   int error = connection_take_error(s);
-  connection_abandon(s, VMMC_CLOSED);
+  connection_give_up(s, VMMC_CLOSED);
   return error ? -error : -ECONNABORTED; /* SO_ERROR had it already */
 }
 
@@ -523,7 +523,7 @@ static int disconnect(struct vsocket *s) {
   bool resets = (view.connected || view.connecting) && !connection_over(s);
   /* The error before what wakes: as Linux, which resets the connection on this side too. */
   atomic_store(&s->error, resets ? ECONNRESET : connection_pending_error(s));
-  connection_abandon(s, connection_leave(s, true));
+  connection_give_up(s, connection_leave(s, true));
   control_end(s, &undo);
   return 0;
 }
@@ -573,7 +573,7 @@ int socket_shutdown(struct vsocket *s, int how) {
     control_begin(s, &undo);
     if (atomic_load(&s->phase) == SOCKET_LISTENING) {
       s->bound = true;
-      connection_abandon(s, VMMC_CLOSED);
+      connection_give_up(s, VMMC_CLOSED);
     }
     control_end(s, &undo);
     return 0;
@@ -585,7 +585,7 @@ int socket_shutdown(struct vsocket *s, int how) {
     if (connection_view(s).connecting) {
       /* Linux: the attempt ends. */
       atomic_store(&s->error, ECONNRESET);
-      connection_abandon(s, VMMC_CLOSED);
+      connection_give_up(s, VMMC_CLOSED);
     }
     control_end(s, &undo);
     return 0;

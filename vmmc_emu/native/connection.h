@@ -52,7 +52,7 @@ uint32_t connection_leave(struct vsocket *s, bool reset);
 
 /* The connection failed, or it or a listener is given up: the slot goes, the socket can connect again.  What the
  * program bound stays bound to the socket: the next request asks for it. */
-void connection_abandon(struct vsocket *s, uint32_t bits);
+void connection_give_up(struct vsocket *s, uint32_t bits);
 
 /* Waits until the NIC has nothing left to do for a slot that was left.  0, -ETIMEDOUT, or -EINTR: a handler ran. */
 int connection_await_nic(struct vsocket *s, uint64_t deadline_ns);

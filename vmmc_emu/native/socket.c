@@ -98,7 +98,7 @@ static void end(struct vsocket *s) {
   if (atomic_exchange(&s->ended, 1) || !s->generation) return;
   if (!connection_usable(s)) return; /* a child of fork: the parent's connection goes on */
   if (atomic_load(&s->phase) == SOCKET_LISTENING) {
-    connection_abandon(s, VMMC_CLOSED);
+    connection_give_up(s, VMMC_CLOSED);
     return;
   }
   bool connected = connection_view(s).connected;
