@@ -27,6 +27,8 @@
 
 enum {
   VMMC_IDLE_WORTHWHILE_NS = 100000, /* a wait that polling could have shortened: a few wakes from deep idleness */
+  VMMC_IDLE_LOOK_NS = 4000,        /* see look_ns: longer than another core takes to change to whom we wait for */
+  VMMC_IDLE_LOOK_COST = 2,         /* looks at once that one such yield counts for */
   VMMC_IDLE_BUDGET_FIRST = 8,      /* looks: the least that is worth beginning with */
   VMMC_IDLE_BUDGET_MAX = 256, /* about as long as is worthwhile */
   VMMC_IDLE_PATIENCE_NS = 500000,  /* a yield longer than this: the core is contended */
@@ -43,12 +45,28 @@ struct vmmc_idle {
   uint32_t clean;
   uint32_t budget; /* looks before sleeping */
   uint32_t polls;  /* looks in the present wait */
+  /* Before each yield but a wait's first, look for so long: not 0 where whom we wait for runs on another core and
+   * is perhaps about to be done.  It would find us on the way from core to core otherwise. */
+  uint32_t look_ns;
+  uint64_t look_until_ns; /* until then it looks and keeps the core */
 };
 
 static inline uint64_t vmmc_now_ns(void) {
   struct timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);
   return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* Which core this thread runs on. */
+static inline uint32_t vmmc_idle_cpu(void) { return (uint32_t)sched_getcpu(); }
+
+/* Between two looks: leaves the core's other thread room. */
+static inline void vmmc_idle_pause(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
 }
 
 /* Begins a wait, and learns from the one before. */
@@ -61,7 +79,7 @@ static inline void vmmc_idle_begin(struct vmmc_idle *idle) {
     else if (idle->budget < VMMC_IDLE_BUDGET_MAX)
       idle->budget *= 2;
   }
-  idle->began_ns = idle->woken_ns = 0;
+  idle->began_ns = idle->woken_ns = idle->look_until_ns = 0;
   idle->polls = 0;
 }
 
@@ -70,6 +88,7 @@ static inline bool vmmc_idle_yield(struct vmmc_idle *idle, uint64_t start) {
   if (start < idle->banned_until_ns) return false;
   sched_yield();
   uint64_t end = vmmc_now_ns();
+  idle->look_until_ns = end + idle->look_ns;
   if (end - start > VMMC_IDLE_PATIENCE_NS) {
     if (!idle->ban_ns) idle->ban_ns = VMMC_IDLE_BAN_NS;
     idle->banned_until_ns = end + idle->ban_ns;
@@ -85,8 +104,12 @@ static inline bool vmmc_idle_yield(struct vmmc_idle *idle, uint64_t start) {
 static inline bool vmmc_idle_poll(struct vmmc_idle *idle) {
   uint64_t start = vmmc_now_ns();
   if (!idle->began_ns) idle->began_ns = start;
-  if (idle->woken_ns || idle->polls == idle->budget) return false;
-  idle->polls++;
+  if (start < idle->look_until_ns) {
+    vmmc_idle_pause();
+    return true;
+  }
+  if (idle->woken_ns || idle->polls >= idle->budget) return false;
+  idle->polls += idle->look_ns ? VMMC_IDLE_LOOK_COST : 1;
   return vmmc_idle_yield(idle, start);
 }
 

@@ -454,6 +454,7 @@ struct vmmc_app_header {
   /* Raised, and woken (futex), when pub.asleep was found set after the bits.  The sleeping NIC waits for
    * it to change: a wake alone could come between the NIC's last look and its sleep.  Writer: app */
   _Alignas(VMMC_LINE) _Atomic uint32_t bell;
+  _Atomic uint32_t cpu; /* on which the thread ran that gave the NIC work last: a hint */
   /* commands.  Writer: app */
   _Alignas(VMMC_LINE) _Atomic uint64_t command_tail; /* commands posted */
   _Atomic uint32_t asleep_completion;                /* threads that sleep on nic_header.wake_completion */
@@ -499,6 +500,7 @@ struct vmmc_pub { /* writer: NIC */
    * the one of its endpoint, a NIC the one of the door.  Readers order their own store before the load
    * of it with a seq_cst fence. */
   _Alignas(VMMC_LINE) _Atomic uint32_t asleep;
+  _Atomic uint32_t cpu; /* on which the NIC ran last: a hint */
   _Alignas(VMMC_LINE) struct vmmc_nic_counters counters; /* all of the node, endpoints gone included */
   _Alignas(VMMC_LINE) struct vmmc_app_counters retired;  /* of endpoints that are gone */
   /* Where the node accepted last, by port, and how many more connections the listener takes: see nodes/nic/port.c.

@@ -666,7 +666,7 @@ class Daemon:
                     (os.POSIX_SPAWN_DUP2, passed[1], 3),
                     (os.POSIX_SPAWN_DUP2, passed[2], 4),
                 ],
-                setsid=True,
+                setpgroup=0,
                 setsigmask=(),
                 setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT),
             )

@@ -109,7 +109,7 @@ def start(place: ClusterPaths, nodes: int, *, owned: bool = False, profile: str 
                 (os.POSIX_SPAWN_DUP2, theirs, 1),
                 (os.POSIX_SPAWN_DUP2, theirs, 2),
             ],
-            setsid=True,
+            setpgroup=0,  # not a session: see "Scheduling" in docs/architecture.md
             setsigmask=(),
         )
     except OSError as error:

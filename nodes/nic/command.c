@@ -122,6 +122,7 @@ int commands_work(struct endpoint *e) {
   /* acquire: the commands that it counts */
   uint64_t tail = atomic_load_explicit(&app_header(e)->command_tail, memory_order_acquire);
   if (tail == e->commands_taken) return 0;
+  core_asked();
   bool room = commit_tables(e);
   if (!room && !commit_answers(e)) {
     e->wrong = "no room in /dev/shm for answers to its commands";

@@ -162,6 +162,7 @@ int main(int count, char **argument) {
   while (!stop) {
     if (nic_turn()) {
       vmmc_idle_begin(&idle);
+      core_turn(&idle);
     } else if (!vmmc_idle_poll(&idle)) {
       uint64_t due_ns = unreliable_links_due(), alive_ns = keepalive_due(), missed_ns = links_due();
       if (alive_ns < due_ns) due_ns = alive_ns;

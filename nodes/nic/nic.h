@@ -22,6 +22,7 @@
  *   keepalive.c   connections that ask whether their peer is there
  *   wake.c        waking programs
  *   sleep.c       sleeping until somebody rings
+ *   core.c        which core the NIC runs on, and when it keeps it
  *   control.c     the daemon
  *   segment.c     mapping shared memory by name
  *   log.c         what happened, a line an event
@@ -378,6 +379,12 @@ bool wake_start(void);                                  /* false: no timer */
 
 /* ---- sleep.c ---- */
 void sleep_until_work(bool (*have_work)(void), uint64_t due_ns);
+
+/* ---- core.c ---- */
+void core_gave(struct endpoint *e); /* its program was given something that it may answer */
+void core_woke(void);               /* and had to be woken for it */
+void core_asked(void);              /* a program gave work: it answered, or began */
+void core_turn(struct vmmc_idle *idle); /* there was work: what to do when there is no more */
 void sleep_not(void); /* from a signal handler: whoever is about to sleep looks again */
 
 /* ---- control.c ---- */

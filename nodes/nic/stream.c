@@ -21,6 +21,7 @@ void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint6
   p->placed = c->placed;
   if (ask) p->flags = PACKET_WANT_PLACED;
   link_push(link);
+  core_asked();
   /* After the packet is published: killed in between, the successor sends it again, and the receiver
    * knows the position. */
   in_order();

@@ -22,6 +22,7 @@ static void wake_word(struct endpoint *e, _Atomic uint32_t *word, int count) {
   /* One writer, so load and store.  release: the woken one sees what it was woken for. */
   atomic_store_explicit(word, atomic_load_explicit(word, memory_order_relaxed) + 1, memory_order_release);
   vmmc_futex_wake_some(word, count);
+  core_woke();
   COUNT(e, wakes, 1);
 }
 
@@ -93,6 +94,7 @@ void wake_waker(struct endpoint *e, uint32_t number) {
   int *fd = &e->waker[number];
   if (*fd < 0) return;
   /* EAGAIN: its count is at the top, so it is readable already. */
+  core_woke();
   if (wake_descriptor(*fd)) {
     COUNT(e, wakes, 1);
   } else if (errno == EINTR) {
@@ -120,6 +122,7 @@ void wake_slot(struct endpoint *e, uint32_t slot, int whom) {
   struct vmmc_app_slot *a = app_slot(e, slot);
   struct vmmc_nic_slot *n = nic_slot(e, slot);
   if (e->dying) return;
+  if (whom & WAKE_READERS) core_gave(e);
   atomic_thread_fence(memory_order_seq_cst);
   /* A program that is being detached may not say any more who sleeps. */
   bool all = e->wrong;
@@ -145,6 +148,7 @@ void wake_completion(struct endpoint *e) {
 
 void wake_notification(struct endpoint *e) {
   if (e->dying) return;
+  core_gave(e);
   atomic_thread_fence(memory_order_seq_cst);
   if (atomic_load_explicit(&app_header(e)->asleep_notification, memory_order_relaxed))
     wake_word(e, &nic_header(e)->wake_notification, INT32_MAX);

@@ -444,6 +444,9 @@ struct endpoint *endpoint_default(void) {
 /* Wakes the NIC when it sleeps.  The store or RMW before it is ordered before this look by a fence of
  * the caller's; the NIC stores `asleep`, fences, and looks at the doorbells again. */
 static inline void wake_nic(const struct endpoint *e) {
+  _Atomic uint32_t *cpu = &app_header(e)->cpu;
+  uint32_t here = vmmc_idle_cpu();
+  if (atomic_load_explicit(cpu, memory_order_relaxed) != here) atomic_store_explicit(cpu, here, memory_order_relaxed);
   if (!atomic_load_explicit(&e->pub->asleep, memory_order_relaxed)) return;
   _Atomic uint32_t *bell = &app_header(e)->bell;
   /* Changed before the wake: a NIC that is past its last look, but not yet asleep, finds it changed. */

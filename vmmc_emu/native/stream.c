@@ -265,13 +265,17 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
     critical_unlock(&s->send_lock);
     if (n >= 0) {
       sent += (size_t)n;
-      if (sent == length) return (ssize_t)sent;
+      if (sent == length) {
+        wait_self()->said = true;
+        return (ssize_t)sent;
+      }
       continue;
     }
     if (n != -EAGAIN) return sent ? (ssize_t)sent : n;
     if (flags & MSG_DONTWAIT) return sent ? (ssize_t)sent : -EAGAIN;
     if (!deadline) deadline = connection_deadline(s->send_timeout_ns);
     struct wait_word words[SOCKET_WORDS];
+    wait_self()->said = false;
     int waited = wait_until(words, socket_wait_words(s, false, true, words), can_send, &wait, deadline, wait.since,
                             sent || s->send_timeout_ns);
     if (waited) return sent ? (ssize_t)sent : waited == -ETIMEDOUT ? -EAGAIN : waited;

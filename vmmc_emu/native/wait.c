@@ -123,6 +123,27 @@ sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void
   return result;
 }
 
+/* How to poll in the wait that begins. */
+static void take_turns(struct wait_thread *self) {
+  enum { TURNS_ENOUGH = 8, TURNS_MAX = 64 };
+  if (!self->said)
+    self->turns /= 2;
+  else if (self->turns < TURNS_MAX)
+    self->turns++;
+  self->said = false;
+  self->idle.look_ns = 0;
+  if (self->turns < TURNS_ENOUGH) return;
+  struct endpoint *e = endpoint_current();
+  if (e && atomic_load_explicit(&e->pub->cpu, memory_order_relaxed) != vmmc_idle_cpu())
+    self->idle.look_ns = VMMC_IDLE_LOOK_NS;
+}
+
+bool wait_poll(void) {
+  struct wait_thread *self = wait_self();
+  if (!self->idle.began_ns) take_turns(self);
+  return vmmc_idle_poll(&self->idle);
+}
+
 int wait_until(const struct wait_word *words, int count, bool (*ready)(void *context), void *context,
                uint64_t deadline_ns, struct wait_signals since, bool any_handler) {
   vmmc_idle_begin(&wait_thread.idle);
@@ -130,7 +151,7 @@ int wait_until(const struct wait_word *words, int count, bool (*ready)(void *con
     if (ready(context)) return 0;
     if (wait_interrupted(since, any_handler)) return -EINTR;
     if (deadline_ns != WAIT_FOREVER && vmmc_now_ns() >= deadline_ns) return -ETIMEDOUT;
-    if (vmmc_idle_poll(&wait_thread.idle)) continue;
+    if (wait_poll()) continue;
     uint32_t before = atomic_load_explicit(&wait_thread.signals, memory_order_relaxed);
     int result = sleep_once(words, count, ready, context, since, deadline_ns, any_handler);
     vmmc_idle_woken(&wait_thread.idle);

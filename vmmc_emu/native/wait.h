@@ -29,6 +29,8 @@ struct wait_thread {
   void **recovery;                     /* where a fault goes on while the program's memory is touched: fault.h */
   uint8_t faults;                      /* FAULTS_*: which of their signals the thread blocks; 0: to be looked up */
   struct vmmc_idle idle;
+  bool said;     /* since it polled last it sent all that it wanted to: it may be waiting for an answer */
+  uint8_t turns; /* waits in which it was so, lately */
 };
 /* This thread's.  Initial-exec, so that it may be used in a signal handler and costs no call. */
 extern _Thread_local struct wait_thread wait_thread __attribute__((tls_model("initial-exec")));
@@ -104,6 +106,14 @@ struct wait_word {
 };
 
 #define WAIT_FOREVER UINT64_MAX
+
+/*
+ * Polls in a wait for the NIC, between vmmc_idle_begin and vmmc_idle_woken of this thread's `idle`; as vmmc_idle_poll.
+ * A thread that says something and waits, again and again, is one that plays with a peer by turns: where its NIC runs
+ * on another core it keeps its own for a moment after each change (look_ns), for the answer that comes meanwhile.
+ * Its first poll gives way at once: to the peer, or to the peer's NIC.
+ */
+bool wait_poll(void);
 
 /*
  * Waits until ready(context) returns true: looks, polls a little, then sleeps on the words (1..16).

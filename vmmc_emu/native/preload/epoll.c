@@ -143,7 +143,7 @@ INTERPOSE int epoll_ctl(int epoll_fd, int operation, int fd, struct epoll_event 
 
 /* ---- epoll_wait ---- */
 
-enum { KERNEL_LOOK = 16 }; /* looks at our sockets for each look into the kernel, while polling */
+enum { KERNEL_LOOK = 16 }; /* polls (vmmc_idle.polls) for each look into the kernel */
 
 static int left_ms(uint64_t deadline_ns) {
   if (deadline_ns == WAIT_FOREVER) return -1;
@@ -185,11 +185,13 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
   struct vmmc_idle *idle = &wait_self()->idle;
   vmmc_idle_begin(idle);
   bool everything = deadline_ns == 0, waited_for_nic = false;
-  for (unsigned round = 1;; round++) {
+  uint32_t looked = 0; /* into the kernel, after so many polls */
+  for (;;) {
     uint32_t kicks = atomic_load(&set->kicks); /* before the look at what to sleep on */
     bool kernel = has_kernel_part(set, epoll_fd);
     /* While it polls, what only the kernel has may wait for a few looks; a sleep ends for both sides. */
-    if (everything || round % KERNEL_LOOK == 0 || set_stirs(set)) {
+    if (everything || idle->polls - looked >= KERNEL_LOOK || set_stirs(set)) {
+      looked = idle->polls;
       if (!waited_for_nic) endpoint_let_nic_look(idle);
       waited_for_nic = true;
       int count = collect(set, epoll_fd, events, room, true);
@@ -206,7 +208,7 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
       continue;
     }
     everything = false;
-    if (vmmc_idle_poll(idle)) continue;
+    if (wait_poll()) continue;
     struct pollfd in_kernel[1 + SET_SLEEP_OURS] = {{.fd = epoll_fd, .events = POLLIN}};
     set_sleep(set, kernel ? in_kernel : NULL, 1, kicks, deadline_ns, since);
     vmmc_idle_woken(idle);

@@ -10,7 +10,7 @@
 #include "real.h"
 
 enum {
-  KERNEL_LOOK = 16, /* looks at our sockets for each look into the kernel, while polling */
+  KERNEL_LOOK = 16, /* polls (vmmc_idle.polls) for each look into the kernel */
   ON_STACK = 256,   /* descriptors of one call that need no allocation */
   WORDS = 16,       /* what wait_until takes */
 };
@@ -144,9 +144,13 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
   AT_END(scattered, scatter, &set);
   int result = 0;
   vmmc_idle_begin(idle);
-  for (unsigned round = 0;; round++) {
+  uint32_t looked = 0; /* into the kernel, after so many polls */
+  bool everything = true;
+  for (;;) {
     ready = look_at_ours(look);
-    if (ready || round % KERNEL_LOOK == 0) {
+    if (ready || everything || idle->polls - looked >= KERNEL_LOOK) {
+      looked = idle->polls;
+      everything = false;
       result = look_at_kernel(look);
       if (result) break;
     }
@@ -159,7 +163,7 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
       result = look_at_kernel(look);
       break;
     }
-    if (vmmc_idle_poll(idle)) continue;
+    if (wait_poll()) continue;
     if (!set) {
       if (!(set = gather(look))) {
         errno = ENOMEM;
@@ -167,13 +171,13 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
         break;
       }
       /* What changed before the sockets had the set's wake group is seen by one more look. */
-      round = UINT_MAX;
+      everything = true;
       continue;
     }
     set_sleep(set, look->theirs ? look->kernel : NULL, look->count, atomic_load(&set->kicks), deadline_ns, since);
     set_clear_list(set);
     vmmc_idle_woken(idle);
-    round = UINT_MAX;
+    everything = true;
   }
   return result;
 }
