@@ -350,7 +350,7 @@ static int request_listen(struct endpoint *e, uint32_t slot, struct vmmc_address
 static void serve_request(struct endpoint *e, uint32_t slot, uint32_t request) {
   struct connection *c = connection_of(e, slot);
   struct vmmc_nic_slot *n = nic_slot(e, slot);
-  core_asked();
+  core_opened();
   /* One copy, which is then used: the app may write while we read. */
   volatile struct vmmc_app_slot *a = app_slot(e, slot);
   uint32_t op = a->op, flags = a->bind_flags, node = a->peer_node, backlog = a->backlog;

@@ -53,6 +53,11 @@ void core_asked(void) {
   core.since_ns = 0;
 }
 
+void core_opened(void) {
+  core.turns /= 2;
+  core.since_ns = 0;
+}
+
 /* To any other core that it may use.  A NIC that may use one only, or may not choose, stays. */
 static void leave(uint32_t cpu) {
   cpu_set_t all, others;
@@ -66,7 +71,6 @@ void core_turn(struct vmmc_idle *idle) {
   uint32_t cpu = vmmc_idle_cpu();
   if (atomic_load_explicit(&nic.pub->cpu, memory_order_relaxed) != cpu)
     atomic_store_explicit(&nic.pub->cpu, cpu, memory_order_relaxed);
-  idle->look_ns = core.cpu == cpu || core.turns < TURNS_ENOUGH ? 0 : VMMC_IDLE_LOOK_NS;
   if (!core.since_ns || core.turns < TURNS_ENOUGH) return;
   if (core.cpu != cpu) {
     idle->look_until_ns = core.since_ns + ANSWER_NS;

@@ -384,6 +384,7 @@ void sleep_until_work(bool (*have_work)(void), uint64_t due_ns);
 void core_gave(struct endpoint *e); /* its program was given something that it may answer */
 void core_woke(void);               /* and had to be woken for it */
 void core_asked(void);              /* a program gave work: it answered, or began */
+void core_opened(void);             /* a connection: those who make many take no turns */
 void core_turn(struct vmmc_idle *idle); /* there was work: what to do when there is no more */
 void sleep_not(void); /* from a signal handler: whoever is about to sleep looks again */
 
