@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -511,3 +514,26 @@ class TestOwned:
     def test_bad_nodes(self) -> None:
         with pytest.raises(ClusterError, match="1 to 1024"):
             Cluster(nodes=2000).start()
+
+
+def test_a_cluster_shares_its_terminals_session_and_outlives_it(cli: Cli) -> None:
+    """One session is one scheduling group (docs/architecture.md, "Scheduling"); a hang-up ends the shell."""
+    ours, terminal = os.openpty()
+    try:
+        script = f"{shlex.join(cli.command('up', '--nodes', 2))} && echo it-is-up && exec sleep 1000"
+        shell = subprocess.Popen(
+            ["sh", "-c", script], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(terminal)
+        said = b""
+        while b"it-is-up" not in said:
+            said += os.read(ours, 4096)
+        before = pids(cli)
+        assert {os.getsid(pid) for pid in before} == {shell.pid}
+        assert len({os.getpgid(pid) for pid in before} - {shell.pid}) == 1
+    finally:
+        os.close(ours)  # hangs up
+    assert shell.wait(20) == -signal.SIGHUP
+    assert pids(cli) == before
+    assert cli.ok("run", "--node", 1, "--", "echo", "still here") == "still here\n"

@@ -157,15 +157,17 @@ static bool has_kernel_part(const struct instance *set, int epoll_fd) {
   return atomic_load_explicit(&set->kernel_members, memory_order_relaxed) > 0 && descriptor_peek(epoll_fd) == set->file;
 }
 
-/* Events of both sides. `look`: ask the kernel too. */
+/* Events of both sides; `look`: ask the kernel even if our side has none. */
 static int collect(struct instance *set, int epoll_fd, struct epoll_event *events, int room, bool look) {
   static _Atomic uint32_t turn;
   int count = 0;
   set_look(set);
-  bool kernel = look && has_kernel_part(set, epoll_fd);
+  bool kernel = has_kernel_part(set, epoll_fd);
   /* Where the room is small neither side may keep the other out. */
-  bool kernel_first = kernel && (atomic_fetch_add_explicit(&turn, 1, memory_order_relaxed) & 1);
+  bool kernel_first = kernel && (look || atomic_load_explicit(&set->filled, memory_order_relaxed)) &&
+                      (atomic_fetch_add_explicit(&turn, 1, memory_order_relaxed) & 1);
   for (int side = 0; side < 2 && count < room; side++) {
+    if (side == 1 && !count && !look && !kernel_first) break;
     if ((side == 0) == kernel_first) {
       int n = kernel ? REAL(epoll_wait)(epoll_fd, events + count, room - count, 0) : 0;
       if (n < 0 && !count && has_kernel_part(set, epoll_fd)) return -1;
@@ -176,6 +178,7 @@ static int collect(struct instance *set, int epoll_fd, struct epoll_event *event
       if (n > 0) count += n;
     }
   }
+  atomic_store_explicit(&set->filled, count == room, memory_order_relaxed);
   return count;
 }
 
@@ -190,11 +193,12 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
     uint32_t kicks = atomic_load(&set->kicks); /* before the look at what to sleep on */
     bool kernel = has_kernel_part(set, epoll_fd);
     /* While it polls, what only the kernel has may wait for a few looks; a sleep ends for both sides. */
-    if (everything || idle->polls - looked >= KERNEL_LOOK || set_stirs(set)) {
-      looked = idle->polls;
+    bool due = everything || idle->polls - looked >= KERNEL_LOOK;
+    if (due || set_stirs(set)) {
+      if (due) looked = idle->polls;
       if (!waited_for_nic) endpoint_let_nic_look(idle);
       waited_for_nic = true;
-      int count = collect(set, epoll_fd, events, room, true);
+      int count = collect(set, epoll_fd, events, room, due);
       if (count) return count;
     }
     if (deadline_ns == 0) return 0; /* only a look: as in the kernel, nothing interrupts it */
