@@ -45,13 +45,17 @@ enum vmmc_control_kind {
   VMMC_CONTROL_EXPELLED = 7, /* NIC: that endpoint is served no more, its log says why; GONE follows */
   VMMC_CONTROL_WIRE = 6,   /* daemon: a wire is to be like this from now on: struct vmmc_control_wire */
   VMMC_CONTROL_LOST = 7,   /* daemon: node `value` lost its power when it had been started `serial` times */
+  VMMC_CONTROL_DAMAGED = 9, /* NIC: somebody removed or truncated shared memory of node `value`, started `serial` times */
 };
+
+/* With which a NIC ends that finds its own node's shared memory so: the node is to be started anew. */
+enum { VMMC_EXIT_DAMAGED = 4 };
 
 struct vmmc_control {
   uint32_t kind; /* enum vmmc_control_kind */
   uint32_t endpoint;
   uint32_t serial;
-  int32_t value; /* ATTACH: pid; WAKER: number; READY: NIC's pid; LOST: node; EXPELLED: errno;
+  int32_t value; /* ATTACH: pid; WAKER: number; READY: NIC's pid; LOST, DAMAGED: node; EXPELLED: errno;
                     DETACH: 0, or 1 */
 };
 

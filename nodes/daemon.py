@@ -193,8 +193,13 @@ class Daemon:
         self._loop.unwatch(self._nic_pidfd)
         os.close(self._nic_pidfd)
         pid = self._store.nic_pid
+        damaged = False
         try:
-            how = describe_exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            damaged = code == self._protocol.EXIT_DAMAGED
+            how = describe_exit(code)
+            if damaged:
+                how = "ended: its node's shared memory was removed or truncated"
         except ChildProcessError:
             how = "ended (it was a predecessor daemon's)"
         if not self._nic_ready and not self._nic_failures:
@@ -207,10 +212,14 @@ class Daemon:
             if self._nic_failures > 1 and not os.environ.get("VMMC_RESTART_AT_ONCE")
             else 0
         )
+        if damaged:
+            delay = _NIC_BACKOFF_S[-1]
         when = f"in {delay} s" if delay else "now"
         log(WARNING, f"{self._name} NIC {pid} {how}; a successor starts {when}")
         processes.note_restart(self._place, f"{self._name}.nic", pid, how)
         processes.forget(self._place, processes.NIC, self._node, pid)
+        if damaged:  # the supervisor ends the node, this daemon included; should it be gone, the next is told
+            self._tell_supervisor(what="damaged", node=self._node, boot=self._store.boot)
         if delay:
             self._loop.call_later(delay, self._start_nic)
         else:
@@ -358,6 +367,8 @@ class Daemon:
                         # Threads that the NIC cannot wake, having no descriptor for that, wait for this, too.
                         self._sockets[expelled.attach].shutdown(socket.SHUT_RDWR)
                     self._detach(expelled, "is not served any more: the NIC's log says why")
+            elif message["kind"] == self._protocol.CONTROL_DAMAGED:
+                self._tell_supervisor(what="damaged", node=message["value"], boot=message["serial"])
             elif message["kind"] == self._protocol.CONTROL_GONE:
                 self._forget_endpoint(message["serial"])
 

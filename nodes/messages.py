@@ -60,6 +60,8 @@ class Protocol:
         self.CONTROL_READY = constants["VMMC_CONTROL_READY"]
         self.CONTROL_EXPELLED = constants["VMMC_CONTROL_EXPELLED"]
         self.CONTROL_LOST = constants["VMMC_CONTROL_LOST"]
+        self.CONTROL_DAMAGED = constants["VMMC_CONTROL_DAMAGED"]
+        self.EXIT_DAMAGED = constants["VMMC_EXIT_DAMAGED"]
         self.CONTROL_WIRE = constants["VMMC_CONTROL_WIRE"]
         text = native_file("include/vmmc_layout.h").read_text(encoding="utf-8")
         defines = dict(re.findall(r"#define (VMMC_\w+) (0x[0-9a-fA-F]+|\d+)u?\b", text))

@@ -299,6 +299,9 @@ class Supervisor:
                     why = f"{node.name} is on, and has yet to be up: {message['why']}"
                     channel.send(connection, errno=0, message=why)
                 node.waiting.clear()
+            case "damaged":
+                # Later: it may be the node that we are just hearing.
+                self._loop.call_later(0, lambda: self._repair(node, message["node"], message["boot"]))
             case "nic":
                 node.store.nic_pid = message["pid"]
             case "endpoint":
@@ -363,11 +366,13 @@ class Supervisor:
 
     def _watch_adopted(self, node: Node, pidfd: int) -> None:
         """A daemon that is no child of ours: only its end can be learnt, and not how."""
+        pid = node.daemon_pid
 
         def ended() -> None:
             self._loop.unwatch(pidfd)
             os.close(pidfd)
-            self._daemon_ended(node, "was killed")
+            if node.daemon_pid == pid:
+                self._daemon_ended(node, "was killed")
 
         self._loop.watch(pidfd, ended)
 
@@ -436,10 +441,27 @@ class Supervisor:
         node.failures = 0
         log(WARNING, f"{node.name} has lost its power")
 
+    def _repair(self, by: Node, index: int, boot: int) -> None:
+        """A node whose shared memory somebody removed or cut, as `by` says: a machine whose memory failed."""
+        node = self._nodes[index]
+        if node.off or node.store is None or node.store.boot != boot:
+            return  # it is another life's by now
+        how = "shared memory removed or truncated: it loses its power, and is started anew"
+        log(ERROR, f"{node.name}: {how}")
+        if node is not by:  # whose daemon has written down why its NIC ended
+            found = f"{by.name} found {how}"
+            processes.note_restart(self._place, f"{node.name}.nic", node.store.nic_pid, found)
+        self._kill_node(node)
+        self._power_on(node)
+
     def _start_node(self, node: Node, connection: socket.socket) -> None:
         """Brings it back, empty; whoever asked is answered when it is ready."""
         if not node.off:
             raise ClusterError(f"{node.name} is on")
+        self._power_on(node)
+        node.waiting.append(connection)
+
+    def _power_on(self, node: Node) -> None:
         was = power.read(self._place, node.index)
         given = Power(True, was.boot + 1, was.last_serial)
         store = self._new_store(node.index, given)
@@ -450,7 +472,6 @@ class Supervisor:
             self._place.socket(node.index).unlink(missing_ok=True)
             raise
         node.off, node.store = False, store
-        node.waiting.append(connection)
         log(INFO, f"{node.name} is started, for the {given.boot}. time")
         self._tell_losses()
         self._fork_daemon(node)
@@ -478,7 +499,8 @@ class Supervisor:
                 processes.forget(self._place, processes.PROGRAM, at, pid)
                 continue
             _, status = os.waitpid(pid, 0)
-            if node := self._by_pid.pop(pid, None):
+            node = self._by_pid.pop(pid, None)
+            if node and node.daemon_pid == pid:  # else the node lost its power, and is on again
                 self._daemon_ended(node, describe_exit(os.waitstatus_to_exitcode(status)))
 
     # ---- requests ----

@@ -8,6 +8,7 @@
 #include "nic.h"
 
 static volatile sig_atomic_t pending;
+static bool hung_up; /* the daemon: nobody listens */
 
 /* The daemon wrote, or hung up. */
 static void on_message(int signal_number) {
@@ -50,9 +51,9 @@ static void say_rest(void) {
 }
 
 void control_say(uint32_t kind, uint32_t endpoint, uint32_t serial, int32_t value) {
-  if (nic.control_fd < 0) return;
+  if (hung_up) return;
   struct vmmc_control message = { kind, endpoint, serial, value };
-  if (!outbox.count && say(&message)) return;
+  if (nic.control_fd >= 0 && !outbox.count && say(&message)) return; /* before control_start it has to wait */
   if (outbox.count == outbox.room) {
     uint32_t room = outbox.room ? 2 * outbox.room : 64;
     void *larger = realloc(outbox.message, room * sizeof message);
@@ -89,6 +90,7 @@ static bool control_receive(union message *message, int *fd) {
     log_event("warning", "the daemon hung up; traffic goes on");
     close(nic.control_fd);
     nic.control_fd = -1;
+    hung_up = true;
   }
   return false;
 }

@@ -34,7 +34,8 @@ struct link *link_to(uint32_t node) {
   link->node = node;
   link->door = segment_map(node, "door", sizeof *link->door, true, NULL);
   link->pub = link->door ? segment_map(node, "pub", sizeof *link->pub, false, NULL) : NULL;
-  if (link->pub && link->pub->magic != VMMC_MAGIC) { /* its NIC has yet to begin */
+  /* Its NIC has yet to begin, or has yet to end: the node lost its power, as we have been told already. */
+  if (link->pub && (link->pub->magic != VMMC_MAGIC || link->pub->boot <= nic.lost[node])) {
     munmap((void *)link->pub, sizeof *link->pub);
     link->pub = NULL;
     errno = ENOENT;
@@ -57,7 +58,16 @@ struct link *link_to(uint32_t node) {
     errno = error;
     return NULL;
   }
+  /* A queue that its reader has taken packets from, and that is not there, or is empty: somebody removed or truncated
+   * it, and what was in it nobody knows. */
+  bool new_out = link->out->header.magic != VMMC_MAGIC, new_in = in->header.magic != VMMC_MAGIC;
+  if (new_out && !new_in && in->header.peer_boot == nic.boot && atomic_load(&in->taken)) nic_end_damaged(what);
+  bool peer_damaged = new_in && !new_out && link->out->header.peer_boot == link->pub->boot && atomic_load(&link->out->taken);
   munmap(in, sizeof *in); /* the peer's to write; link_opened maps it to read */
+  if (peer_damaged && node != nic.node) {
+    log_event("error", "shared memory of node%u was removed or truncated (%s)", node, back);
+    control_say(VMMC_CONTROL_DAMAGED, 0, link->pub->boot, (int32_t)node);
+  }
   if (link->out->header.magic != VMMC_MAGIC) {
     link->out->header.version = VMMC_LAYOUT_VERSION;
     link->out->header.peer_boot = link->pub->boot;

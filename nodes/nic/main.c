@@ -70,6 +70,7 @@ static void *map_own(const char *what, uint64_t bytes, uint64_t committed, int *
   void *base = segment_map(nic.node, what, bytes, true, &fd);
   if (!base) {
     log_event("error", "cannot map segment %s: %s", what, strerror(errno));
+    if (errno == ENOENT || errno == EPROTO) nic_end_damaged(what);
     exit(1);
   }
   if (!segment_commit(fd, 0, committed)) exit(1);
@@ -114,6 +115,11 @@ static void take_over(void) {
 void nic_end_for_memory(const char *what) {
   log_event("error", "out of memory for %s: ending, for a successor to go on", what);
   exit(1);
+}
+
+void nic_end_damaged(const char *what) {
+  log_event("error", "shared memory of this node was removed or truncated (%s): it must be started anew", what);
+  exit(VMMC_EXIT_DAMAGED);
 }
 
 static bool have_work(void) {

@@ -151,7 +151,9 @@ void nic_start(int count, char **argument); /* ends the process when it cannot *
 int nic_turn(void);                         /* each duty once; returns how much was done */
 /* There is no memory for what must not be forgotten.  Its successor asks for it again: what a NIC has in memory of
  * its own may be lost with it, and only with it. */
-__attribute__((noreturn)) void nic_end_for_memory(const char *what);
+__attribute__((noreturn)) /* Somebody removed or truncated what the node's NICs remember: without it a successor would guess. */
+_Noreturn void nic_end_damaged(const char *what);
+void nic_end_for_memory(const char *what);
 
 /* ---- log.c ---- */
 __attribute__((format(printf, 2, 3))) void log_event(const char *level, const char *format, ...);

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +104,59 @@ def test_a_program_whose_memory_is_cut_short(two_nodes: Cluster, part: str) -> N
             process.kill()
             process.communicate()
     until(lambda: not segments(two_nodes, 0, "") | segments(two_nodes, 1, ""), two_nodes.logs)
+
+
+# The segment, what is done to it, and whose NIC is killed after that, since one that runs has it mapped.
+DAMAGE = [
+    ("node1.state", "remove", [1]),
+    ("node1.state", "cut", [1]),
+    ("node1.pub", "remove", [1]),
+    ("node1.pub", "cut", []),
+    ("node1.door", "remove", [1]),
+    ("node1.door", "cut", []),
+    ("node1.link.node0", "remove", [1]),
+    ("node1.link.node0", "remove", [0]),  # who finds it is the peer's next NIC
+    ("node1.link.node0", "remove", [0, 1]),
+    ("node1.link.node0", "cut", []),
+]
+
+
+@pytest.mark.parametrize(("segment", "how", "killed"), DAMAGE)
+def test_a_node_whose_own_memory_goes(segment: str, how: str, killed: list[int]) -> None:
+    """It is a machine whose memory failed: it is started anew, who talked to it hears of it, others go on."""
+    with Cluster(nodes=3, name=f"damaged-{secrets.token_hex(4)}") as cluster:
+        servers = [start(cluster.node(node), SERVER) for node in (1, 2)]
+        for server in servers:
+            assert server.stdout and server.stdout.readline() == "ready\n"
+        talker = start(cluster.node(0), CLIENT)
+        other = start(cluster.node(0), CLIENT.replace("node1", "node2"))
+        for client in (talker, other):
+            exchange(client, "before")
+        path = Path("/dev/shm") / f"vmmc.{os.getuid()}.{cluster.name}.{segment}"
+        if how == "remove":
+            path.unlink()
+        else:
+            os.truncate(path, 0)
+        for node in killed:
+            os.kill(cluster.status()["nodes"][node]["nic_pid"], signal.SIGKILL)
+        assert talker.stdin and talker.stdout
+        talker.stdin.write("during\n")
+        talker.stdin.flush()
+        assert talker.stdout.readline() == ""  # an error ended it
+        exchange(other, "after")
+        until(lambda: any("removed or truncated" in each["how"] for each in recent(cluster, 1)), cluster.logs)
+        # With its node, or of what it found of it.
+        assert servers[0].wait(TIMEOUT_S) in (-signal.SIGKILL, -signal.SIGBUS)
+        until(lambda: cluster.status()["nodes"][1]["state"] == "up", cluster.logs)
+        again = start(cluster.node(1), SERVER)
+        assert again.stdout and again.stdout.readline() == "ready\n"
+        exchange(start(cluster.node(0), CLIENT), "again")
+
+
+def recent(cluster: Cluster, node: int) -> list[dict[str, Any]]:
+    """Why NICs of the node were replaced lately."""
+    found: list[dict[str, Any]] = cluster.status()["nodes"][node]["restarts"]["nic"]["recent"]
+    return found
 
 
 def test_segments_that_are_removed(two_nodes: Cluster) -> None:
