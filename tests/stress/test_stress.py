@@ -401,18 +401,21 @@ def test_streams_survive_nics_that_die_at_any_store(
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("memory", ["heap", "ordinary"])
+@pytest.mark.parametrize(
+    ("victim", "how"), [(1, []), (1, ["ordinary"]), (1, ["impatient"]), (0, []), (0, ["impatient"])]
+)
 def test_each_step_of_copying_and_acknowledging_may_be_the_last(
-    mortal: Path, monkeypatch: pytest.MonkeyPatch, program: Program, tmp_path: Path, memory: str
+    mortal: Path, monkeypatch: pytest.MonkeyPatch, program: Program, tmp_path: Path, victim: int, how: list[str]
 ) -> None:
-    """The receiver's NIC dies after each in turn, while redirections are posted and cancelled."""
+    """The receiver's (node1), or the sender's, NIC dies after each in turn, while redirections are posted and, by
+    who is impatient, cancelled."""
     chunk, rounds, most = 100_000, 200, 1000 if SOAK_S else 150
     turns = tmp_path / "turns"
     turns.write_bytes(bytes(8))
     monkeypatch.setenv("VMMC_NATIVE_DIR", str(mortal))
     monkeypatch.setenv("VMMC_RESTART_AT_ONCE", "1")
     monkeypatch.setenv("MORTAL_TURNS", str(turns))
-    monkeypatch.setenv("MORTAL_NIC", "vmmc-nic1")
+    monkeypatch.setenv("MORTAL_NIC", f"vmmc-nic{victim}")
     monkeypatch.setenv("MORTAL_MOST", str(most))
     flags = [f"-L{mortal}", "-lvmmc", f"-Wl,-rpath,{mortal}"]
 
@@ -423,8 +426,7 @@ def test_each_step_of_copying_and_acknowledging_may_be_the_last(
     with Cluster(nodes=2, name=f"test-{secrets.token_hex(6)}") as cluster:
         for number in range(most):  # each run has many of them, how many is chance
             receiver = cluster.node(1).popen(
-                [program("redirected_receive", *flags), str(PORT), str(chunk), str(rounds),
-                 *(["ordinary"] if memory == "ordinary" else [])],
+                [program("redirected_receive", *flags), str(PORT), str(chunk), str(rounds), *how],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
             cluster.node(1).wait_for_port(PORT)
@@ -437,7 +439,7 @@ def test_each_step_of_copying_and_acknowledging_may_be_the_last(
                 break
             until(lambda: not [s for s in cluster.node(1).sockets() if s.state == "LISTEN"])
         assert int.from_bytes(turns.read_bytes(), "little") > most
-        assert cluster.status()["nodes"][1]["restarts"]["nic"]["count"] == most
+        assert cluster.status()["nodes"][victim]["restarts"]["nic"]["count"] == most
 
 
 def test_sends_survive_nics_that_die_at_any_store(
