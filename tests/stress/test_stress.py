@@ -405,10 +405,11 @@ def test_streams_survive_nics_that_die_at_any_store(
     ("victim", "how"), [(1, []), (1, ["ordinary"]), (1, ["impatient"]), (0, []), (0, ["impatient"])]
 )
 def test_each_step_of_copying_and_acknowledging_may_be_the_last(
-    mortal: Path, monkeypatch: pytest.MonkeyPatch, program: Program, tmp_path: Path, victim: int, how: list[str]
-) -> None:
-    """The receiver's (node1), or the sender's, NIC dies after each in turn, while redirections are posted and, by
-    who is impatient, cancelled."""
+    mortal: Path, monkeypatch: pytest.MonkeyPatch, program: Program, tmp_path: Path,
+    victim: int, how: list[str],
+) -> None:  # fmt: skip
+    """The receiver's (node1), or the sender's, NIC dies after each in turn; redirections are posted meanwhile
+    and, by who is impatient, cancelled."""
     chunk, rounds, most = 100_000, 200, 1000 if SOAK_S else 150
     turns = tmp_path / "turns"
     turns.write_bytes(bytes(8))
