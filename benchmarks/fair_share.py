@@ -2,9 +2,10 @@
 
     python benchmarks/fair_share.py [--rounds 5] [--seconds 1]
 
-On node0 a program exchanges 64 bytes with node1, alone; beside one that writes 64 KiB at a time to node1 without
-pause; beside one that scribbles over its own shared memory while the NIC serves it, and one that just loops; the
-first two also over kernel TCP.  Then two writers at once: the slower one's bytes as a share of the faster one's.
+On node0 a program exchanges 64 bytes with node1, alone; beside one that writes 64 KiB at a time to node1
+without pause; beside one that scribbles over its own shared memory while the NIC serves it, and one that just
+loops; the first two also over kernel TCP.  Then two writers at once: the slower one's bytes as a share of the
+faster one's.
 """
 
 from __future__ import annotations

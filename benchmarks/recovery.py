@@ -2,8 +2,8 @@
 
     python benchmarks/recovery.py [--times 20]
 
-A client on node0 plays ping-pong with a server on node1 over one connection, unless the row says otherwise.  The
-limits are what the project promises; no test asserts a time.
+A client on node0 plays ping-pong with a server on node1 over one connection, unless the row says otherwise.
+The limits are what the project promises; no test asserts a time.
 """
 
 from __future__ import annotations
