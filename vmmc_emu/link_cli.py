@@ -86,7 +86,7 @@ def _change(
 
 _one_way = click.option("--one-way", is_flag=True, help="Only from the first node to the second.")
 _every = click.option("--all", "every", is_flag=True, help="Every link of the cluster.")
-_nodes = click.argument("nodes", nargs=-1, metavar="NODE NODE")
+_nodes = click.argument("nodes", nargs=-1, metavar="[NODE NODE]")
 
 
 # Unknown options are arguments here: "loss -1%" is to be told its range, and not that there is no option -1.
@@ -94,7 +94,7 @@ _nodes = click.argument("nodes", nargs=-1, metavar="NODE NODE")
 @_every
 @_one_way
 @click.option("--seed", metavar="NUMBER", help="Of all random decisions; also as a setting.")
-@click.argument("arguments", nargs=-1, metavar="NODE NODE SETTING VALUE ...")
+@click.argument("arguments", nargs=-1, metavar="[NODE NODE] SETTING VALUE ...")
 @click.pass_obj
 @explained
 def set_(

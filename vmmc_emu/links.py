@@ -132,16 +132,22 @@ SETTINGS = {
     ),
     "seed": Setting("seed", _count, str, "of all random decisions: the same seed, the same faults"),
     "packet-cost": Setting(
-        "stream_packet_ns", _time_ns, _show_time, "the receiver's work for each packet of a stream [seconds]"
+        "stream_packet_ns",
+        _time_ns,
+        _show_time,
+        "slow receivers, as in 1997: time for each packet of a stream [seconds]",
     ),
     "redirected-rate": Setting(
         "stream_redirected_ps_per_byte",
         _cost,
         _show_cost,
-        "at which bytes of a stream reach a posted address [bit/s]",
+        "likewise: at which bytes of a stream reach a posted address [bit/s]",
     ),
     "default-rate": Setting(
-        "stream_default_ps_per_byte", _cost, _show_cost, "at which those do that are copied once more [bit/s]"
+        "stream_default_ps_per_byte",
+        _cost,
+        _show_cost,
+        "likewise: at which those do that are copied once more [bit/s]",
     ),
 }
 
