@@ -54,6 +54,38 @@ def test_fixtures(suite: pytest.Pytester) -> None:
     assert ours() == before
 
 
+def test_faults_in_a_suite(suite: pytest.Pytester) -> None:
+    """Links, partitions and profiles, from the fixtures."""
+    suite.makepyfile("""
+        import sys
+
+        SERVER = "import socket as s; l = s.create_server(('', 4000)); l.accept()[0].sendall(bytes(1 << 20))"
+
+        def test_loss(vmmc):
+            vmmc.link(0, 1).set(loss=0.2, seed=1)
+            client = "import socket as s; c = s.create_connection(('node1', 4000)); n = 0\\n" \
+                     "while d := c.recv(1 << 16): n += len(d)\\nprint(n)"
+            vmmc.node(1).popen([sys.executable, "-c", SERVER])
+            vmmc.node(1).wait_for_port(4000)
+            reading = [sys.executable, "-c", client]
+            done = vmmc.node(0).run(reading, capture_output=True, text=True, check=True)
+            assert done.stdout == f"{1 << 20}\\n"
+            assert vmmc.counters()["node0"]["wire_dropped"] + vmmc.counters()["node1"]["wire_dropped"] > 0
+
+        def test_partition(vmmc):
+            vmmc.partition([0, 1], [2, 3])
+            assert not any(wire.up for ends, wire in vmmc.link(1, 2).wires().items())
+            assert all(wire.up for ends, wire in vmmc.link(0, 1).wires().items())
+            vmmc.heal()
+            assert all(wire.up for ends, wire in vmmc.link(1, 2).wires().items())
+
+        def test_profile(vmmc_cluster):
+            wires = vmmc_cluster(nodes=2, profile="wan").link(0, 1).wires()
+            assert all(wire.delay_ns > 0 for wire in wires.values())
+    """)
+    suite.runpytest_subprocess("-q").assert_outcomes(passed=3)
+
+
 def test_logs_of_a_failing_test(suite: pytest.Pytester) -> None:
     suite.makepyfile("""
         def test_fails(vmmc):

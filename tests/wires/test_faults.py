@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -266,3 +267,68 @@ def test_a_change_takes_effect_under_way_and_its_end_as_well(pair: Pair) -> None
         time.sleep(0.001)
     set_wires(pair.cluster, {}, {})
     pair.finish()
+
+
+@pytest.mark.native
+def test_more_than_the_wire_holds_is_dropped_and_said_again(pair: Pair) -> None:
+    """`limit`: what enters when so many packets are under way is dropped; the stream is whole."""
+    set_wires(pair.cluster, {"delay_ns": 5 * MS, "limit_packets": 2}, {})
+    before = observe.link_counters(pair.cluster.name, 0, 1)
+    pair.begin({"fresh": True, "there": stream(1 << 21, chunk=4096), "back": stream(0)})
+    pair.finish()
+    found = observe.link_counters(pair.cluster.name, 0, 1)
+    assert found["wire_dropped"] > before["wire_dropped"]
+    assert found["packets_resent"] > before["packets_resent"]
+
+
+@pytest.mark.native
+def test_a_slow_reader_has_nothing_dropped(pair: Pair) -> None:
+    """Flow control keeps back what has no room; the wire has a delay, so that much could be under way."""
+    set_wires(pair.cluster, {"delay_ns": 200 * US}, {"delay_ns": 200 * US})
+
+    def so_far() -> dict[str, int]:
+        found = observe.link_counters(pair.cluster.name, 0, 1)
+        return {**found, "refused": pair.cluster.node(1).counters()["packets_dropped"]}
+
+    before = so_far()
+    slow = {**stream(1 << 24), "read": 10_000, "pauses": 7}
+    pair.begin({"fresh": True, "there": slow, "back": stream(0)})
+    pair.finish()
+    more = {name: value - before[name] for name, value in so_far().items()}
+    assert more["wire_dropped"] == more["corrupt_found"] == 0
+    assert more["refused"] == more["duplicates_found"]  # never what came for the first time
+
+
+def round_trips(cluster: Cluster, count: int) -> list[float]:
+    """Seconds that a byte takes there and back."""
+
+    def serve() -> None:
+        with socket.create_server(("", PORT + 1)) as listener, listener.accept()[0] as connection:
+            while data := connection.recv(1):
+                connection.sendall(data)
+
+    def play(count: int) -> list[float]:
+        found = []
+        with socket.create_connection(("node1", PORT + 1)) as connection:
+            for _ in range(count):
+                began = time.monotonic()
+                connection.sendall(b"x")
+                connection.recv(1)
+                found.append(time.monotonic() - began)
+        return found
+
+    served = cluster.node(1).submit(serve)
+    cluster.node(1).wait_for_port(PORT + 1)
+    found: list[float] = cluster.node(0).submit(play, count).result(60)
+    served.result(60)
+    return found
+
+
+def test_jitter_makes_some_packets_sooner_and_some_later(cluster: Cluster) -> None:
+    """Never sooner than the delay less the jitter; without jitter none comes before the delay is over."""
+    set_wires(cluster, {"delay_ns": 4 * MS}, {})
+    assert min(round_trips(cluster, 5)) >= 0.004
+    set_wires(cluster, {"delay_ns": 4 * MS, "jitter_ns": 3 * MS, "seed": 5}, {})
+    found = round_trips(cluster, 40)
+    assert 0.001 <= min(found) < 0.004
+    assert max(found) >= 0.004
