@@ -169,6 +169,8 @@ int main(int count, char **argument) {
     if (nic_turn()) {
       vmmc_idle_begin(&idle);
       core_turn(&idle);
+    } else if (nic.unreliable_links && unreliable_links_due() < vmmc_now_ns() + VMMC_IDLE_LOOK_NS) {
+      vmmc_idle_pause(); /* a yield would come back later than that */
     } else if (!vmmc_idle_poll(&idle)) {
       uint64_t due_ns = unreliable_links_due(), alive_ns = keepalive_due(), missed_ns = links_due();
       if (alive_ns < due_ns) due_ns = alive_ns;
