@@ -29,6 +29,8 @@ enum {
   VMMC_IDLE_WORTHWHILE_NS = 100000, /* a wait that polling could have shortened: a few wakes from deep idleness */
   VMMC_IDLE_LOOK_NS = 4000,        /* see look_ns: longer than another core takes to change to whom we wait for */
   VMMC_IDLE_LOOK_COST = 2,         /* looks at once that one such yield counts for */
+  VMMC_IDLE_TURNS_ENOUGH = 8,      /* said and answered, lately, before a program or its NIC counts on the next answer */
+  VMMC_IDLE_TURNS_MAX = 64,        /* that count */
   VMMC_IDLE_BUDGET_FIRST = 8,      /* looks: the least that is worth beginning with */
   VMMC_IDLE_BUDGET_MAX = 256, /* about as long as is worthwhile */
   VMMC_IDLE_PATIENCE_NS = 500000,  /* a yield longer than this: the core is contended */

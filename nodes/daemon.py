@@ -207,13 +207,11 @@ class Daemon:
             self._tell_supervisor(what="failed", why=f"the NIC of {self._name} {how}{self._nic_last_words()}")
         young = time.monotonic() - self._nic_started < _NIC_YOUNG_S
         self._nic_failures = self._nic_failures + 1 if young else 0
-        delay = (
-            _NIC_BACKOFF_S[min(self._nic_failures - 1, len(_NIC_BACKOFF_S) - 1)]
-            if self._nic_failures > 1 and not os.environ.get("VMMC_RESTART_AT_ONCE")
-            else 0
-        )
+        delay: float = 0
         if damaged:
             delay = _NIC_BACKOFF_S[-1]
+        elif self._nic_failures > 1 and not os.environ.get("VMMC_RESTART_AT_ONCE"):
+            delay = _NIC_BACKOFF_S[min(self._nic_failures - 1, len(_NIC_BACKOFF_S) - 1)]
         when = f"in {delay} s" if delay else "now"
         log(WARNING, f"{self._name} NIC {pid} {how}; a successor starts {when}")
         processes.note_restart(self._place, f"{self._name}.nic", pid, how)

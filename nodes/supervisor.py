@@ -462,6 +462,7 @@ class Supervisor:
         node.waiting.append(connection)
 
     def _power_on(self, node: Node) -> None:
+        """Gives a node that is off a daemon, and with it its next life."""
         was = power.read(self._place, node.index)
         given = Power(True, was.boot + 1, was.last_serial)
         store = self._new_store(node.index, given)

@@ -215,7 +215,7 @@ def redis_rows(cluster: Cluster, vs: Sequence[str], stack: contextlib.ExitStack)
         runner: Any = cluster.node(0).run if path == "vmmc" else subprocess.run
 
         def run(seconds: float) -> float:
-            # It counts requests, not seconds: about so many as kernel TCP answers in the time and again.
+            # It counts requests, not seconds: twice as many as kernel TCP answers in the time.
             requests = max(clients, int(2 * a_second * seconds))
             command = [
                 "redis-benchmark", "-h", host, "-p", str(port), "-c", str(clients), "-n", str(requests),

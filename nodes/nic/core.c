@@ -20,8 +20,6 @@
 
 enum {
   ANSWER_NS = 20000,        /* as an answer counts what comes within this time: a small request to a real server */
-  TURNS_ENOUGH = 8,         /* answers, less gifts that had none, before it waits for the next one */
-  TURNS_MAX = 64,
   BESIDE_LONG = 200,        /* turns in a row on the program's own core, until it leaves */
   STAY_NS = 20000000,       /* at least, on the core that it went to */
 };
@@ -29,7 +27,7 @@ enum {
 static struct {
   uint64_t since_ns; /* when a program that has not answered was given something first, 0: none */
   uint32_t cpu;      /* where that program said it ran */
-  uint32_t turns;
+  uint32_t turns;    /* answers, less gifts that had none */
   uint32_t beside;
   uint64_t moved_ns;
 } core;
@@ -48,7 +46,7 @@ void core_asked(void) {
   if (!core.since_ns) return;
   if (vmmc_now_ns() - core.since_ns > ANSWER_NS)
     core.turns /= 2;
-  else if (core.turns < TURNS_MAX)
+  else if (core.turns < VMMC_IDLE_TURNS_MAX)
     core.turns++;
   core.since_ns = 0;
 }
@@ -68,10 +66,10 @@ static void leave(uint32_t cpu) {
 }
 
 void core_turn(struct vmmc_idle *idle) {
-  uint32_t cpu = vmmc_idle_cpu();
+  uint32_t cpu = vmmc_idle_cpu(); /* published relaxed: a hint, of which nothing else depends */
   if (atomic_load_explicit(&nic.pub->cpu, memory_order_relaxed) != cpu)
     atomic_store_explicit(&nic.pub->cpu, cpu, memory_order_relaxed);
-  if (!core.since_ns || core.turns < TURNS_ENOUGH) return;
+  if (!core.since_ns || core.turns < VMMC_IDLE_TURNS_ENOUGH) return;
   if (core.cpu != cpu) {
     idle->look_until_ns = core.since_ns + ANSWER_NS;
     core.beside = 0;

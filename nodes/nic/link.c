@@ -64,11 +64,11 @@ struct link *link_to(uint32_t node) {
   if (new_out && !new_in && in->header.peer_boot == nic.boot && atomic_load(&in->taken)) nic_end_damaged(what);
   bool peer_damaged = new_in && !new_out && link->out->header.peer_boot == link->pub->boot && atomic_load(&link->out->taken);
   munmap(in, sizeof *in); /* the peer's to write; link_opened maps it to read */
-  if (peer_damaged && node != nic.node) {
+  if (peer_damaged) {
     log_event("error", "shared memory of node%u was removed or truncated (%s)", node, back);
     control_say(VMMC_CONTROL_DAMAGED, 0, link->pub->boot, (int32_t)node);
   }
-  if (link->out->header.magic != VMMC_MAGIC) {
+  if (new_out) {
     link->out->header.version = VMMC_LAYOUT_VERSION;
     link->out->header.peer_boot = link->pub->boot;
     atomic_store_explicit(&link->out->want_room, UINT64_MAX, memory_order_relaxed);

@@ -151,9 +151,9 @@ void nic_start(int count, char **argument); /* ends the process when it cannot *
 int nic_turn(void);                         /* each duty once; returns how much was done */
 /* There is no memory for what must not be forgotten.  Its successor asks for it again: what a NIC has in memory of
  * its own may be lost with it, and only with it. */
-__attribute__((noreturn)) /* Somebody removed or truncated what the node's NICs remember: without it a successor would guess. */
-_Noreturn void nic_end_damaged(const char *what);
-void nic_end_for_memory(const char *what);
+__attribute__((noreturn)) void nic_end_for_memory(const char *what);
+/* Somebody removed or truncated what the node's NICs remember: without it a successor would guess. */
+__attribute__((noreturn)) void nic_end_damaged(const char *what);
 
 /* ---- log.c ---- */
 __attribute__((format(printf, 2, 3))) void log_event(const char *level, const char *format, ...);
@@ -381,6 +381,7 @@ bool wake_start(void);                                  /* false: no timer */
 
 /* ---- sleep.c ---- */
 void sleep_until_work(bool (*have_work)(void), uint64_t due_ns);
+void sleep_not(void); /* from a signal handler: whoever is about to sleep looks again */
 
 /* ---- core.c ---- */
 void core_gave(struct endpoint *e); /* its program was given something that it may answer */
@@ -388,7 +389,6 @@ void core_woke(void);               /* and had to be woken for it */
 void core_asked(void);              /* a program gave work: it answered, or began */
 void core_opened(void);             /* a connection: those who make many take no turns */
 void core_turn(struct vmmc_idle *idle); /* there was work: what to do when there is no more */
-void sleep_not(void); /* from a signal handler: whoever is about to sleep looks again */
 
 /* ---- control.c ---- */
 void control_start(int fd);

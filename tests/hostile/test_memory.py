@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from vmmc_emu import Cluster, Node
+from vmmc_emu import Cluster, Node, names, paths
 
 PORT = 7300
 TIMEOUT_S = 60
@@ -106,18 +106,18 @@ def test_a_program_whose_memory_is_cut_short(two_nodes: Cluster, part: str) -> N
     until(lambda: not segments(two_nodes, 0, "") | segments(two_nodes, 1, ""), two_nodes.logs)
 
 
-# The segment, what is done to it, and whose NIC is killed after that, since one that runs has it mapped.
+# The segment of node1, what is done to it, and whose NIC is killed then, since one that runs has it mapped.
 DAMAGE = [
-    ("node1.state", "remove", [1]),
-    ("node1.state", "cut", [1]),
-    ("node1.pub", "remove", [1]),
-    ("node1.pub", "cut", []),
-    ("node1.door", "remove", [1]),
-    ("node1.door", "cut", []),
-    ("node1.link.node0", "remove", [1]),
-    ("node1.link.node0", "remove", [0]),  # who finds it is the peer's next NIC
-    ("node1.link.node0", "remove", [0, 1]),
-    ("node1.link.node0", "cut", []),
+    ("state", "remove", [1]),
+    ("state", "cut", [1]),
+    ("pub", "remove", [1]),
+    ("pub", "cut", []),
+    ("door", "remove", [1]),
+    ("door", "cut", []),
+    ("link.node0", "remove", [1]),
+    ("link.node0", "remove", [0]),  # who finds it is the peer's next NIC
+    ("link.node0", "remove", [0, 1]),
+    ("link.node0", "cut", []),
 ]
 
 
@@ -132,7 +132,7 @@ def test_a_node_whose_own_memory_goes(segment: str, how: str, killed: list[int])
         other = start(cluster.node(0), CLIENT.replace("node1", "node2"))
         for client in (talker, other):
             exchange(client, "before")
-        path = Path("/dev/shm") / f"vmmc.{os.getuid()}.{cluster.name}.{segment}"
+        path = paths.SHM / names.segment_name(cluster.name, 1, segment).removeprefix("/")
         if how == "remove":
             path.unlink()
         else:

@@ -441,12 +441,16 @@ struct endpoint *endpoint_default(void) {
 
 /* ---- the doorbell ------------------------------------------------------------------------------ */
 
-/* Wakes the NIC when it sleeps.  The store or RMW before it is ordered before this look by a fence of
- * the caller's; the NIC stores `asleep`, fences, and looks at the doorbells again. */
-static inline void wake_nic(const struct endpoint *e) {
+/* Where the thread runs that gives work.  relaxed: a hint, which the last thread of several gives. */
+static inline void tell_cpu(const struct endpoint *e) {
   _Atomic uint32_t *cpu = &app_header(e)->cpu;
   uint32_t here = vmmc_idle_cpu();
   if (atomic_load_explicit(cpu, memory_order_relaxed) != here) atomic_store_explicit(cpu, here, memory_order_relaxed);
+}
+
+/* Wakes the NIC when it sleeps.  The store or RMW before it is ordered before this look by a fence of
+ * the caller's; the NIC stores `asleep`, fences, and looks at the doorbells again. */
+static inline void wake_nic(const struct endpoint *e) {
   if (!atomic_load_explicit(&e->pub->asleep, memory_order_relaxed)) return;
   _Atomic uint32_t *bell = &app_header(e)->bell;
   /* Changed before the wake: a NIC that is past its last look, but not yet asleep, finds it changed. */
@@ -470,6 +474,7 @@ void endpoint_ring_slot(struct endpoint *e, uint32_t slot) {
     atomic_fetch_or(summary, word);
     atomic_thread_fence(memory_order_seq_cst);
   }
+  tell_cpu(e);
   wake_nic(e);
 }
 
@@ -487,5 +492,6 @@ bool endpoint_let_nic_look(struct vmmc_idle *idle) {
 
 void endpoint_ring_commands(struct endpoint *e) {
   atomic_thread_fence(memory_order_seq_cst); /* command_tail before the look at `asleep` */
+  tell_cpu(e);
   wake_nic(e);
 }

@@ -125,15 +125,15 @@ sleep_once(const struct wait_word *words, int count, bool (*ready)(void *), void
 
 /* How to poll in the wait that begins. */
 static void take_turns(struct wait_thread *self) {
-  enum { TURNS_ENOUGH = 8, TURNS_MAX = 64 };
   if (!self->said)
     self->turns /= 2;
-  else if (self->turns < TURNS_MAX)
+  else if (self->turns < VMMC_IDLE_TURNS_MAX)
     self->turns++;
   self->said = false;
   self->idle.look_ns = 0;
-  if (self->turns < TURNS_ENOUGH) return;
+  if (self->turns < VMMC_IDLE_TURNS_ENOUGH) return;
   struct endpoint *e = endpoint_current();
+  /* relaxed: a hint */
   if (e && atomic_load_explicit(&e->pub->cpu, memory_order_relaxed) != vmmc_idle_cpu())
     self->idle.look_ns = VMMC_IDLE_LOOK_NS;
 }

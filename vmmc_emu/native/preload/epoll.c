@@ -167,7 +167,7 @@ static int collect(struct instance *set, int epoll_fd, struct epoll_event *event
   bool kernel_first = kernel && (look || atomic_load_explicit(&set->filled, memory_order_relaxed)) &&
                       (atomic_fetch_add_explicit(&turn, 1, memory_order_relaxed) & 1);
   for (int side = 0; side < 2 && count < room; side++) {
-    if (side == 1 && !count && !look && !kernel_first) break;
+    if (side == 1 && !count && !look && !kernel_first) break; /* nothing to return: the kernel is asked in its time */
     if ((side == 0) == kernel_first) {
       int n = kernel ? REAL(epoll_wait)(epoll_fd, events + count, room - count, 0) : 0;
       if (n < 0 && !count && has_kernel_part(set, epoll_fd)) return -1;
