@@ -50,7 +50,7 @@ print(time.monotonic(), flush=True)
 """
 
 
-# What dies younger waits longer for its successor, on purpose (nodes/daemon.py); that it is older no event says.
+# What dies younger waits longer for its successor, on purpose (nodes/daemon.py).
 OLD_ENOUGH_S = 1.1
 
 
