@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vmmc_emu.wires import Change
 
 START_TIMEOUT_S = 120.0
+_LETTING_GO_S = 2.0  # for which a lock may outlast the last process of whose records it is
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def start(place: ClusterPaths, nodes: int, *, owned: bool = False, profile: str 
     """
     check_node_count(nodes)
     changes = _changes_of(profile, nodes) if profile else []
-    if paths.lock_is_held(place):
+    if not _name_is_free(place):
         raise ClusterError(already_up(place))
     paths.check_socket_paths(place, nodes)
     limits.check_room(nodes)
@@ -131,6 +132,16 @@ def start(place: ClusterPaths, nodes: int, *, owned: bool = False, profile: str 
         return pid
     _reap(pid)
     raise ClusterError(answer["error"])
+
+
+def _name_is_free(place: ClusterPaths) -> bool:
+    """Whether no cluster has this name.  Processes that were killed a moment ago may still be letting go."""
+    deadline = time.monotonic() + _LETTING_GO_S
+    while paths.lock_is_held(place):
+        if processes.recorded(place, processes.SUPERVISOR, processes.DAEMON) or time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _reap(pid: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -11,6 +12,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -23,7 +25,7 @@ import psutil
 import pytest
 
 from vmmc_emu import Cluster, ClusterError
-from vmmc_emu.paths import known_clusters
+from vmmc_emu.paths import known_clusters, lock_path
 
 Cli = Any  # conftest.Cli
 Another = Callable[..., Cli]
@@ -31,9 +33,15 @@ Segments = Callable[[str], list[str]]
 
 
 def kill_at_once(processes: set[int]) -> None:
-    for number in (signal.SIGSTOP, signal.SIGKILL):  # none may bring another back before its own turn comes
-        for pid in processes:
-            os.kill(pid, number)
+    """None may bring another back before its own turn comes: they are stopped first."""
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 20
+    while any(psutil.Process(pid).status() != psutil.STATUS_STOPPED for pid in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    for pid in processes:
+        os.kill(pid, signal.SIGKILL)
     wait_gone(processes)
 
 
@@ -259,9 +267,37 @@ def test_down_when_only_the_supervisor_was_killed(cli: Cli, segments: Segments) 
 def test_up_on_a_wreck(cli: Cli) -> None:
     cli.ok("up", "--nodes", 3)
     kill_at_once(pids(cli))
+    wreck = json.loads(cli.ok("status", "--json"))
+    assert wreck["state"] == "down", wreck
     cli.ok("up", "--nodes", 2)
     assert len(pids(cli)) == 5
     assert cli("run", "--node", 2, "--", "true").returncode == 1
+
+
+def test_up_waits_for_those_who_were_killed_to_let_go_of_the_name(cli: Cli) -> None:
+    cli.ok("up", "--nodes", 1)
+    kill_at_once(pids(cli))
+    lock = lock_path(cli.cluster)
+    libc = ctypes.CDLL(None)
+    opened = libc.inotify_init()
+    with lock.open("r+b") as held:
+        fcntl.fcntl(held, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        assert libc.inotify_add_watch(opened, os.fsencode(lock), 0x20) >= 0  # IN_OPEN
+        starting = cli.popen("up", "--nodes", 1)
+        os.read(opened, 4096)  # it has looked, or is about to
+    os.close(opened)
+    _, errors = starting.communicate(timeout=60)
+    assert starting.returncode == 0, errors
+
+
+def test_up_where_somebody_else_has_the_name(cli: Cli) -> None:
+    cli.ok("up", "--nodes", 1)
+    kill_at_once(pids(cli))
+    with lock_path(cli.cluster).open("r+b") as held:
+        fcntl.fcntl(held, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        refused = cli("up", "--nodes", 1)
+    assert refused.returncode == 1
+    assert "is already up" in refused.stderr
 
 
 def test_a_recorded_pid_that_is_somebody_elses_now_is_left_alone(cli: Cli) -> None:
