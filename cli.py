@@ -200,6 +200,11 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
         click.echo(f"All its processes were killed; `{_command(place.cluster)} down` removes what is left.")
     if found["state"] == "unsupervised":
         click.echo("Its supervisor was killed: traffic goes on, and a daemon is starting the next one.")
+    if found["state"] == "abandoned":
+        click.echo(
+            "Its supervisor and daemons were killed: traffic goes on, and nobody brings them back;"
+            f" `{_command(place.cluster)} up` starts it anew, `down` removes what is left."
+        )
     show_lines(_node_table(found, with_state=True))
     replaced = [("", "supervisor", found["supervisor_restarts"])] + [
         (node["name"], "NIC" if what == "nic" else what, node["restarts"][what])

@@ -65,12 +65,21 @@ def describe(place: ClusterPaths) -> Description:
 def describe_running(place: ClusterPaths) -> Description:
     """The same, for those who want to use it: what is left of a killed cluster is not up either."""
     description = describe(place)
-    if not paths.lock_is_held(place):
+    if not is_managed(place):
         raise ClusterError(
-            f"cluster '{place.cluster}' is not up, all its processes were killed:"
+            f"cluster '{place.cluster}' is not up, its supervisor and daemons were killed:"
             f" {_how_to_start(place.cluster)}, which removes what is left"
         )
     return description
+
+
+def is_managed(place: ClusterPaths) -> bool:
+    """Whether a supervisor or a daemon lives: by their lock, or, should that be removed, by their records."""
+    return paths.lock_is_held(place) or bool(_managers(place))
+
+
+def _managers(place: ClusterPaths) -> list[processes.Process]:
+    return processes.recorded(place, processes.SUPERVISOR, processes.DAEMON)
 
 
 def _command(cluster: str) -> str:
@@ -137,11 +146,13 @@ def start(place: ClusterPaths, nodes: int, *, owned: bool = False, profile: str 
 def _name_is_free(place: ClusterPaths) -> bool:
     """Whether no cluster has this name.  Processes that were killed a moment ago may still be letting go."""
     deadline = time.monotonic() + _LETTING_GO_S
-    while paths.lock_is_held(place):
-        if processes.recorded(place, processes.SUPERVISOR, processes.DAEMON) or time.monotonic() > deadline:
-            return False
+    while not _managers(place):
+        if not paths.lock_is_held(place):
+            return True
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.01)
-    return True
+    return False
 
 
 def _reap(pid: int) -> None:
@@ -271,7 +282,7 @@ def _ask_supervisor(place: ClusterPaths, data: bytes, descriptors: Sequence[int]
             except OSError:
                 # Nobody listens, or who did was killed before it had read the request: then the connection is
                 # reset.  After that it would end.
-                if not paths.lock_is_held(place) or time.monotonic() > deadline:
+                if not is_managed(place) or time.monotonic() > deadline:
                     raise ClusterError(_no_supervisor(place)) from None
                 time.sleep(0.02)
     if not answer:
@@ -435,7 +446,8 @@ def status(place: ClusterPaths) -> dict[str, Any]:
         )
     states = {entry["state"] for entry in nodes} - {"off"} or {"up"}
     if supervisor is None:
-        state = "down" if states == {"down"} else "unsupervised"
+        managed = states & {"up", "no NIC"}
+        state = "down" if states == {"down"} else "unsupervised" if managed else "abandoned"
     else:
         state = "up" if states == {"up"} else "degraded"
     return {

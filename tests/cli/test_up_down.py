@@ -246,7 +246,7 @@ def test_down_after_everything_was_killed(cli: Cli, segments: Segments) -> None:
     assert json.loads(cli.ok("status", "--json"))["state"] == "down"
     refused = cli("run", "--node", 0, "--", "true")
     assert refused.returncode == 1
-    assert "all its processes were killed" in refused.stderr
+    assert "its supervisor and daemons were killed" in refused.stderr
     cli.ok("down")
     assert segments(cli.cluster) == []
     assert not (Path(os.environ["VMMC_RUNTIME_DIR"]) / cli.cluster).exists()
@@ -298,6 +298,34 @@ def test_up_where_somebody_else_has_the_name(cli: Cli) -> None:
         refused = cli("up", "--nodes", 1)
     assert refused.returncode == 1
     assert "is already up" in refused.stderr
+
+
+def test_up_where_only_nics_are_left(cli: Cli) -> None:
+    """The machine ran out of memory, say: the interpreters are the largest processes."""
+    cli.ok("up", "--nodes", 2)
+    nics = {node["nic_pid"] for node in json.loads(cli.ok("status", "--json"))["nodes"]}
+    kill_at_once(pids(cli) - nics)
+    assert json.loads(cli.ok("status", "--json"))["state"] == "abandoned"
+    assert "nobody brings them back" in cli.ok("status")
+    cli.ok("up", "--nodes", 2)
+    wait_gone(nics)
+    assert json.loads(cli.ok("status", "--json"))["state"] == "up"
+
+
+def test_a_lock_that_somebody_removed(cli: Cli, segments: Segments) -> None:
+    cli.ok("up", "--nodes", 1)
+    lock_path(cli.cluster).unlink()
+    cli.ok("run", "--node", 0, "--", "true")
+    refused = cli("up", "--nodes", 1)
+    assert refused.returncode == 1
+    assert "is already up" in refused.stderr
+    cli.ok("node", "kill", 0)
+    cli.ok("node", "start", 0)
+    cli.ok("run", "--node", 0, "--", "true")
+    found = pids(cli)
+    cli.ok("down")
+    wait_gone(found)
+    assert segments(cli.cluster) == []
 
 
 def test_a_recorded_pid_that_is_somebody_elses_now_is_left_alone(cli: Cli) -> None:
