@@ -7,7 +7,8 @@ import os
 import re
 import struct
 
-from vmmc_emu.paths import native_file
+from vmmc_emu.errors import ClusterError
+from vmmc_emu.paths import native_directory, native_file
 
 _CODES = {"uint32_t": "I", "int32_t": "i", "uint64_t": "Q", "int64_t": "q"}
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
@@ -36,9 +37,18 @@ class Message:
 
 
 class Protocol:
-    """Structures and constants of the control path."""
+    """Structures and constants of the control path, read from the headers of the native files."""
 
     def __init__(self) -> None:
+        try:
+            self._read()
+        except KeyError as missing:
+            raise ClusterError(
+                f"the native files in {native_directory()} are of another version, which has no {missing}:"
+                " build them anew, or unset VMMC_NATIVE_DIR"
+            ) from None
+
+    def _read(self) -> None:
         text = _COMMENT.sub("", native_file("include/vmmc_attach.h").read_text(encoding="utf-8"))
         structures = {
             name: Message(re.findall(r"(\w+)\s+(\w+)\s*;", body))

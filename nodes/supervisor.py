@@ -663,7 +663,8 @@ def main(cluster: str, nodes: int, runtime: str, owner: int) -> int:
         failure = Supervisor(place, nodes, owner, lock).run()
     except OSError as error:
         failure = str(error)
-    clean_up(place, lock)
+    finally:  # also for what nobody thought of
+        clean_up(place, lock)
     return refuse(failure) if failure else 0
 
 

@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from vmmc_emu import Cluster, ClusterError
-from vmmc_emu.paths import known_clusters, lock_path
+from vmmc_emu.paths import known_clusters, lock_path, native_directory
 
 Cli = Any  # conftest.Cli
 Another = Callable[..., Cli]
@@ -298,6 +298,23 @@ def test_up_where_somebody_else_has_the_name(cli: Cli) -> None:
         refused = cli("up", "--nodes", 1)
     assert refused.returncode == 1
     assert "is already up" in refused.stderr
+
+
+def test_up_with_native_files_of_another_version(cli: Cli, segments: Segments, tmp_path: Path) -> None:
+    shutil.copytree(native_directory(), tmp_path / "native")
+    header = tmp_path / "native" / "include" / "vmmc_attach.h"
+    header.write_text(header.read_text().replace("VMMC_CONTROL_WIRE", "VMMC_CONTROL_CABLE"))
+    refused = cli("up", env={"VMMC_NATIVE_DIR": str(tmp_path / "native")})
+    assert refused.returncode == 1
+    assert "of another version, which has no 'VMMC_CONTROL_WIRE'" in refused.stderr
+    assert segments(cli.cluster) == []  # the lock is one, too
+    shutil.copy(native_directory() / "include" / "vmmc_attach.h", header)
+    library = tmp_path / "native" / "libvmmc.so"
+    subprocess.run(["cc", "-shared", "-x", "c", os.devnull, "-o", str(library)], check=True)
+    refused = cli("up", env={"VMMC_NATIVE_DIR": str(tmp_path / "native")})
+    assert refused.returncode == 1
+    assert "undefined symbol: vmmc_layout_size" in refused.stderr
+    assert segments(cli.cluster) == []
 
 
 def test_up_where_only_nics_are_left(cli: Cli) -> None:
