@@ -76,6 +76,17 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return compiled
 
 
+@pytest.fixture(scope="session")
+def with_own_mounts() -> list[str]:
+    """How a command begins that has mounts of its own; where that is not allowed the test is skipped."""
+    beginning = ["unshare", "--mount"] + ([] if os.getuid() == 0 else ["--user", "--map-root-user"])
+    if not shutil.which("unshare") or subprocess.run(
+        [*beginning, "true"], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("mount namespaces are not allowed here")
+    return beginning
+
+
 def _packages() -> dict[str, str]:
     """Programs that tests need, each with the package that has it."""
     lines = (Path(__file__).parent / "needed_programs.txt").read_text().splitlines()

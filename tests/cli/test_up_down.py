@@ -470,26 +470,26 @@ def test_an_interrupted_up_leaves_nothing(cli: Cli, segments: Segments) -> None:
 class TestSmallSharedMemory:
     """In a mount namespace with a /dev/shm of its own."""
 
-    @staticmethod
-    def inside(script: str, size: str) -> subprocess.CompletedProcess[str]:
-        unshare = shutil.which("unshare")
-        options = ["--mount"] if os.getuid() == 0 else ["--mount", "--user", "--map-root-user"]
-        if (
-            unshare is None
-            or subprocess.run([unshare, *options, "true"], check=False, capture_output=True).returncode
-        ):
-            pytest.skip("mount namespaces are not allowed here")
-        body = f"mount -t tmpfs -o size={size},mode=1777 tmpfs /dev/shm && {script}"
-        return subprocess.run(
-            [unshare, *options, "sh", "-c", body], capture_output=True, text=True, timeout=60, check=False
-        )
+    Inside = Callable[[str, str], subprocess.CompletedProcess[str]]
 
-    def test_no_room(self, cli: Cli) -> None:
-        done = self.inside(f"{' '.join(cli.command('up', '--nodes', 64))}; echo status $?; ls /dev/shm", "1m")
+    @pytest.fixture
+    def inside(self, with_own_mounts: list[str]) -> Inside:
+        """Runs a script of the shell in a /dev/shm of that size."""
+
+        def run(script: str, size: str) -> subprocess.CompletedProcess[str]:
+            body = f"mount -t tmpfs -o size={size},mode=1777 tmpfs /dev/shm && {script}"
+            return subprocess.run(
+                [*with_own_mounts, "sh", "-c", body], capture_output=True, text=True, timeout=60, check=False
+            )
+
+        return run
+
+    def test_no_room(self, cli: Cli, inside: Inside) -> None:
+        done = inside(f"{' '.join(cli.command('up', '--nodes', 64))}; echo status $?; ls /dev/shm", "1m")
         assert "not enough room in /dev/shm: 64 nodes need 12 MiB there and 1 MiB is free" in done.stderr
         assert done.stdout == "status 1\n"
 
-    def test_programs_are_told_when_it_is_full(self, cli: Cli) -> None:
+    def test_programs_are_told_when_it_is_full(self, cli: Cli, inside: Inside) -> None:
         """One that cannot attach, and one whose node cannot make a link: neither waits for ever."""
         v = " ".join(cli.command())
         connect = (
@@ -505,14 +505,14 @@ class TestSmallSharedMemory:
             f"truncate -s -131072 /dev/shm/filler; {v} run --node 0 -- {sys.executable} -c '{connect}';"
             f"rm /dev/shm/filler; {v} run --node 0 -- {sys.executable} -c '{wait}{connect}'; {v} down"
         )
-        done = self.inside(script, "1m")
+        done = inside(script, "1m")
         said = done.stdout.splitlines()
         assert re.search(r"cannot use sockets of node0: .*: No space left.*40 KiB are needed", done.stderr)
         assert "[Errno 28] No space left on device" in said[-4], done.stdout + done.stderr
         assert "[Errno 105] No buffer space available" in said[-3]
         assert "[Errno 111] Connection refused" in said[-2]
 
-    def test_eight_nodes_with_programs_fit_in_64_mib(self, cli: Cli) -> None:
+    def test_eight_nodes_with_programs_fit_in_64_mib(self, cli: Cli, inside: Inside) -> None:
         v = " ".join(cli.command())
         script = (
             (
@@ -530,7 +530,7 @@ class TestSmallSharedMemory:
             .replace("{{", "{")
             .replace("}}", "}")
         )
-        done = self.inside(script, "64m")
+        done = inside(script, "64m")
         assert "status 0" in done.stdout, done.stdout + done.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -294,26 +293,19 @@ with Cluster(nodes=1) as cluster:
 """
 
 
-def in_small_memory(script: str) -> str:
+def in_small_memory(with_own_mounts: list[str], script: str) -> str:
     """Runs Python with a /dev/shm of its own, of 8 MiB: what it prints, errors included."""
-    unshare = shutil.which("unshare")
-    options = ["--mount"] if os.getuid() == 0 else ["--mount", "--user", "--map-root-user"]
-    if (
-        unshare is None
-        or subprocess.run([unshare, *options, "true"], check=False, capture_output=True).returncode
-    ):
-        pytest.skip("mount namespaces are not allowed here")
     mount = 'mount -t tmpfs -o size=8m,mode=1777 tmpfs /dev/shm && exec "$0" -P -c "$1"'
     done = subprocess.run(
-        [unshare, *options, "sh", "-c", mount, sys.executable, script],
+        [*with_own_mounts, "sh", "-c", mount, sys.executable, script],
         capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     return done.stdout + done.stderr
 
 
-def test_no_room_for_anything_new() -> None:
+def test_no_room_for_anything_new(with_own_mounts: list[str]) -> None:
     """Sockets, connections and exports are refused for want of memory, and made once there is some."""
-    *full, with_room, end = in_small_memory(FULL).splitlines()
+    *full, with_room, end = in_small_memory(with_own_mounts, FULL).splitlines()
     assert len(full) == 9, full
     assert full[0] == "ENOBUFS ENOBUFS ENOMEM"
     told = {each for line in full for each in line.split()}
@@ -322,6 +314,6 @@ def test_no_room_for_anything_new() -> None:
     assert end == "0 1"
 
 
-def test_no_room_for_what_a_stream_could_have() -> None:
+def test_no_room_for_what_a_stream_could_have(with_own_mounts: list[str]) -> None:
     """While /dev/shm is full a sender is told, nothing is lost, also when NICs die; with room it goes on."""
-    assert in_small_memory(FLOOD) == "equal 2\n"
+    assert in_small_memory(with_own_mounts, FLOOD) == "equal 2\n"

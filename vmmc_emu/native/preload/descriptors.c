@@ -366,10 +366,9 @@ static int range_call(unsigned first, unsigned last, int flags) {
   return (int)REAL(syscall)(SYS_close_range, first, last, flags);
 }
 
-/* Which of the library's own descriptors lie in [first, last], ascending; at most `room` of them. */
-static int private_between(unsigned first, unsigned last, unsigned *found, int room) {
-  int count = 0, directory = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (directory < 0) return 0;
+void descriptors_open(void (*visit)(int fd, void *context), void *context) {
+  int directory = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (directory < 0) return;
   char buffer[4096];
   for (long length; (length = REAL(syscall)(SYS_getdents64, directory, buffer, sizeof buffer)) > 0;) {
     for (long at = 0; at < length;) {
@@ -381,16 +380,29 @@ static int private_between(unsigned first, unsigned last, unsigned *found, int r
         char name[];
       } *entry = (void *)(buffer + at);
       at += entry->size;
-      if (entry->name[0] == '.') continue;
-      unsigned fd = (unsigned)strtoul(entry->name, NULL, 10);
-      if (fd < first || fd > last || count == room || !endpoint_descriptor_is_private((int)fd)) continue;
-      int place = count++;
-      for (; place > 0 && found[place - 1] > fd; place--) found[place] = found[place - 1];
-      found[place] = fd;
+      int fd = atoi(entry->name);
+      if (entry->name[0] != '.' && fd != directory) visit(fd, context);
     }
   }
   REAL(syscall)(SYS_close, directory);
-  return count;
+}
+
+/* The library's own descriptors in [first, last], ascending. */
+struct private_descriptors {
+  unsigned first, last;
+  int count;
+  unsigned found[VMMC_WAKERS + 16];
+};
+
+static void note_private(int number, void *context) {
+  struct private_descriptors *p = context;
+  unsigned fd = (unsigned)number;
+  if (fd < p->first || fd > p->last || p->count == (int)(sizeof p->found / sizeof *p->found) ||
+      !endpoint_descriptor_is_private(number))
+    return;
+  int place = p->count++;
+  for (; place > 0 && p->found[place - 1] > fd; place--) p->found[place] = p->found[place - 1];
+  p->found[place] = fd;
 }
 
 /* Spares the library's own descriptors: the program does not know that it has them. */
@@ -398,11 +410,13 @@ static int close_between(unsigned first, unsigned last, int flags) {
   if (!process_on_node || (flags & ~CLOSE_RANGE_UNSHARE) || first > last || descriptor_is_borrowed())
     return range_call(first, last, flags);
   descriptor_walk(first, last, forget_one, NULL);
-  unsigned private[VMMC_WAKERS + 16];
-  int count = private_between(first, last, private, (int)(sizeof private / sizeof *private));
-  for (int i = 0; i < count; first = private[i++] + 1)
-    if (private[i] > first && range_call(first, private[i] - 1, flags) < 0) return -1;
-  return first <= last && (count == 0 || first > private[count - 1]) ? range_call(first, last, flags) : 0;
+  struct private_descriptors private = { first, last, 0, { 0 } };
+  descriptors_open(note_private, &private);
+  const unsigned *found = private.found;
+  int count = private.count;
+  for (int i = 0; i < count; first = found[i++] + 1)
+    if (found[i] > first && range_call(first, found[i] - 1, flags) < 0) return -1;
+  return first <= last && (count == 0 || first > found[count - 1]) ? range_call(first, last, flags) : 0;
 }
 
 INTERPOSE int close_range(unsigned first, unsigned last, int flags) { return close_between(first, last, flags); }

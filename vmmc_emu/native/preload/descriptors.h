@@ -104,6 +104,8 @@ static inline int descriptor_fresh(int fd) {
   return fd;
 }
 
+/* Calls `visit` for each number that is open, as the kernel says; no memory is taken, nor anybody's lock. */
+void descriptors_open(void (*visit)(int fd, void *context), void *context);
 /* Calls `visit` for each number in [first, last] that is not the kernel's. */
 void descriptor_walk(unsigned first, unsigned last, void (*visit)(int fd, struct file *f, void *context),
                      void *context);

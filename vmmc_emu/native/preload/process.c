@@ -326,34 +326,23 @@ static void in_child(void) {
 
 /* ---- the start ---- */
 
-static void close_inherited(void) {
-  int directory = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC), closed = 0;
-  char buffer[2048];
-  for (long length; directory >= 0 && (length = REAL(syscall)(SYS_getdents64, directory, buffer, sizeof buffer)) > 0;) {
-    for (long at = 0; at < length;) {
-      struct { /* linux_dirent64 */
-        uint64_t inode;
-        int64_t offset;
-        uint16_t size;
-        uint8_t type;
-        char name[];
-      } *entry = (void *)(buffer + at);
-      at += entry->size;
-      int fd = atoi(entry->name);
-      if (entry->name[0] == '.' || fd == directory || !descriptor_is_placeholder(fd)) continue;
-      closed++;
-      if (fd > 2) {
-        REAL(syscall)(SYS_close, fd);
-        continue;
-      }
-      /* A standard stream that is closed would become the next file opened: let it fail with EBADF instead. */
-      int null = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
-      if (null < 0) continue;
-      REAL(syscall)(SYS_dup3, null, fd, 0);
-      REAL(syscall)(SYS_close, null);
-    }
+static void close_one_inherited(int fd, void *closed) {
+  if (!descriptor_is_placeholder(fd)) return;
+  ++*(int *)closed;
+  if (fd > 2) {
+    REAL(syscall)(SYS_close, fd);
+    return;
   }
-  if (directory >= 0) REAL(syscall)(SYS_close, directory);
+  /* A standard stream that is closed would become the next file opened: let it fail with EBADF instead. */
+  int null = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/dev/null", fd == 0 ? O_WRONLY : O_RDONLY);
+  if (null < 0) return;
+  REAL(syscall)(SYS_dup3, null, fd, 0);
+  REAL(syscall)(SYS_close, null);
+}
+
+static void close_inherited(void) {
+  int closed = 0;
+  descriptors_open(close_one_inherited, &closed);
   if (closed && process_diagnostics)
     process_say("%d VMMC socket%s of the program before exec %s closed: a new program has new memory, and user-level "
                 "sockets live in memory",
