@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -615,15 +616,16 @@ class Supervisor:
         size = os.fstat(description).st_size
         wanted = json.loads(os.pread(description, size, 0))
 
-        def limit() -> None:
-            # Those of the shell in which it was asked for, not ours.
+        def settle() -> None:
+            # The limits of the shell in which it was asked for, not ours.
             for number, (soft, hard) in wanted["limits"]:
                 highest = _lower(hard, resource.getrlimit(number)[1])
                 resource.setrlimit(number, (_lower(soft, highest), highest))
+            _leave_terminal()
 
         program = subprocess.Popen(
             wanted["arguments"], env=wanted["environment"], cwd=wanted["directory"], umask=wanted["umask"],
-            stdin=standard_input, stdout=output, stderr=output, start_new_session=True, preexec_fn=limit,
+            stdin=standard_input, stdout=output, stderr=output, process_group=0, preexec_fn=settle,
         )  # fmt: skip
         self._programs[program.pid] = (program, node)
         command = " ".join(wanted["arguments"])
@@ -700,6 +702,14 @@ def reap() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+
+
+def _leave_terminal() -> None:
+    """As setsid would, but within the session: see "Scheduling" in docs/architecture.md."""
+    with contextlib.suppress(OSError):  # there is none
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        fcntl.ioctl(terminal, termios.TIOCNOTTY)
+        os.close(terminal)
 
 
 def _lower(limit: int, other: int) -> int:

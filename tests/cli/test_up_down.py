@@ -601,7 +601,9 @@ def test_a_cluster_shares_its_terminals_session_and_outlives_it(cli: Cli) -> Non
     """One session is one scheduling group (docs/architecture.md, "Scheduling"); a hang-up ends the shell."""
     ours, terminal = os.openpty()
     try:
-        script = f"{shlex.join(cli.command('up', '--nodes', 2))} && echo it-is-up && exec sleep 1000"
+        up = cli.command("up", "--nodes", 2)
+        run = cli.command("run", "--node", 0, "--detach", "--")
+        script = f"{shlex.join(up)} && {shlex.join(run)} sleep 1000 && echo it-is-up && exec sleep 1000"
         shell = subprocess.Popen(
             ["sh", "-c", script], stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
@@ -613,8 +615,12 @@ def test_a_cluster_shares_its_terminals_session_and_outlives_it(cli: Cli) -> Non
         before = pids(cli)
         assert {os.getsid(pid) for pid in before} == {shell.pid}
         assert len({os.getpgid(pid) for pid in before} - {shell.pid}) == 1
+        detached = json.loads(cli.ok("ps", "--json"))["programs"][0]["pid"]
+        assert (os.getsid(detached), os.getpgid(detached)) == (shell.pid, detached)
+        assert psutil.Process(detached).terminal() is None
     finally:
         os.close(ours)  # hangs up
     assert shell.wait(20) == -signal.SIGHUP
     assert pids(cli) == before
+    assert [each["pid"] for each in json.loads(cli.ok("ps", "--json"))["programs"]] == [detached]
     assert cli.ok("run", "--node", 1, "--", "echo", "still here") == "still here\n"
