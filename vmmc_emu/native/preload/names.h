@@ -5,4 +5,7 @@
 /* Questions about interfaces, on any socket, for a process on a node: the node's.  0, -errno; -ENOTTY: not one. */
 int names_ioctl(unsigned long request, void *argument);
 
+/* What `open` is to give for a file whose text is another on a node (/etc/hosts); -1: it is the kernel's to open. */
+int names_open(const char *path, int flags);
+
 #endif

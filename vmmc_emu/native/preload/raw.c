@@ -18,6 +18,33 @@ struct mask_argument {
   size_t size;
 };
 
+/*
+ * io_uring: calls that a ring carries go around this library, and would do to placeholders what was meant for sockets
+ * (libuv watches its descriptors that way).  So a node is a machine without it, as many are; programs have another
+ * way.  These are liburing's functions: it makes its system calls itself.
+ */
+static int rings_refused(void) {
+  if (process_diagnostics) process_say("io_uring is not there on a node (ENOSYS): it would go around VMMC");
+  return -ENOSYS;
+}
+INTERPOSE int io_uring_queue_init(unsigned entries, struct io_uring *ring, unsigned flags) {
+  if (process_on_node || !REAL(io_uring_queue_init)) return rings_refused();
+  return REAL(io_uring_queue_init)(entries, ring, flags);
+}
+INTERPOSE int io_uring_queue_init_params(unsigned entries, struct io_uring *ring, struct io_uring_params *parameters) {
+  if (process_on_node || !REAL(io_uring_queue_init_params)) return rings_refused();
+  return REAL(io_uring_queue_init_params)(entries, ring, parameters);
+}
+INTERPOSE int io_uring_queue_init_mem(unsigned entries, struct io_uring *ring, struct io_uring_params *parameters,
+                                      void *memory, size_t size) {
+  if (process_on_node || !REAL(io_uring_queue_init_mem)) return rings_refused();
+  return REAL(io_uring_queue_init_mem)(entries, ring, parameters, memory, size);
+}
+INTERPOSE int io_uring_setup(unsigned entries, struct io_uring_params *parameters) {
+  if (process_on_node || !REAL(io_uring_setup)) return rings_refused();
+  return REAL(io_uring_setup)(entries, parameters);
+}
+
 #define P(type, n) ((type)(uintptr_t)a[n])
 #define N(type, n) ((type)a[n])
 
@@ -96,6 +123,11 @@ static long taken_over(long number, const long *a, bool *mine) {
     case SYS_epoll_pwait2:
       return epoll_pwait2(N(int, 0), P(struct epoll_event *, 1), N(int, 2), P(const struct timespec *, 3),
                           P(const sigset_t *, 4));
+#ifdef SYS_io_uring_setup
+    case SYS_io_uring_setup:
+      errno = -rings_refused();
+      return -1;
+#endif
     /* exec: the program is to stay on the node */
     case SYS_execve: return execve(P(const char *, 0), P(char *const *, 1), P(char *const *, 2));
     default: *mine = false; return 0;

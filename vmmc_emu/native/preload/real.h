@@ -44,14 +44,27 @@ ssize_t __recvfrom_chk(int fd, void *buffer, size_t length, size_t size, int fla
                        socklen_t *address_length);
 int __poll_chk(struct pollfd *set, nfds_t count, int timeout_ms, size_t size);
 int __ppoll_chk(struct pollfd *set, nfds_t count, const struct timespec *timeout, const sigset_t *mask, size_t size);
+int __open_2(const char *path, int flags);
+int __open64_2(const char *path, int flags);
+int __openat_2(int at, const char *path, int flags);
+int __openat64_2(int at, const char *path, int flags);
 int __gethostname_chk(char *name, size_t length, size_t size);
+/* liburing's, where a program has it. */
+struct io_uring;
+struct io_uring_params;
+int io_uring_queue_init(unsigned entries, struct io_uring *ring, unsigned flags);
+int io_uring_queue_init_params(unsigned entries, struct io_uring *ring, struct io_uring_params *parameters);
+int io_uring_queue_init_mem(unsigned entries, struct io_uring *ring, struct io_uring_params *parameters, void *memory,
+                            size_t size);
+int io_uring_setup(unsigned entries, struct io_uring_params *parameters);
 void __chk_fail(void) __attribute__((noreturn));
 void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noreturn));
 
 #define REAL_CALLS(X)                                                                                        \
   /* descriptors */                                                                                          \
   X(close) X(dup) X(dup2) X(dup3) X(fcntl) X(fcntl64) X(ioctl) X(close_range) X(closefrom)                   \
-  X(open) X(open64) X(openat) X(openat64) X(creat) X(creat64) X(pipe) X(pipe2) X(eventfd) X(timerfd_create)  \
+  X(open) X(open64) X(openat) X(openat64) X(__open_2) X(__open64_2) X(__openat_2) X(__openat64_2)            \
+  X(creat) X(creat64) X(pipe) X(pipe2) X(eventfd) X(timerfd_create)                                          \
   X(signalfd) X(inotify_init) X(inotify_init1) X(memfd_create) X(fopen) X(fopen64) X(fdopen)                 \
   /* set-up */                                                                                               \
   X(socket) X(socketpair) X(bind) X(listen) X(accept) X(accept4) X(connect) X(shutdown) X(getsockname)       \
@@ -69,7 +82,9 @@ void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noret
   /* processes and signals */                                                                                \
   X(syscall) X(execve) X(execvpe) X(fexecve) X(execveat) X(posix_spawn) X(posix_spawnp) X(sigaction)       \
   X(sigprocmask) X(pthread_sigmask)                                                                          \
-  X(longjmp) X(_longjmp) X(siglongjmp) X(__longjmp_chk)
+  X(longjmp) X(_longjmp) X(siglongjmp) X(__longjmp_chk)                                                      \
+  /* rings */                                                                                                \
+  X(io_uring_queue_init) X(io_uring_queue_init_params) X(io_uring_queue_init_mem) X(io_uring_setup)
 
 #define REAL_FIELD(name) __typeof__(&name) name;
 struct real_calls {
