@@ -29,6 +29,8 @@ from vmmc_emu.paths import ClusterPaths
 if TYPE_CHECKING:
     from vmmc_emu.wires import Change
 
+_PLACE = ("VMMC_CLUSTER", "VMMC_NODE", "VMMC_NODES", "VMMC_SOCKET", "VMMC_PLACED")  # programs.environment
+
 START_TIMEOUT_S = 120.0
 _LETTING_GO_S = 2.0  # for which a lock may outlast the last process of whose records it is
 
@@ -187,7 +189,7 @@ def _supervisor_environment() -> dict[str, str]:
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in {"VMMC_CLUSTER", "VMMC_NODE", "VMMC_NODES", "VMMC_SOCKET"}
+        if name not in _PLACE
     }
     ours = str(paths.native_directory() / "libvmmc-preload.so")
     preload = [item for item in environment.pop("LD_PRELOAD", "").replace(":", " ").split() if item != ours]

@@ -24,8 +24,6 @@ from vmmc_emu.paths import ClusterPaths
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit statuses, as shells give them
 
-PLACE = ("VMMC_CLUSTER", "VMMC_NODE", "VMMC_NODES", "VMMC_SOCKET")
-
 _GRACE_S = processes.GRACE_S
 
 
@@ -45,6 +43,7 @@ def environment(
     found["VMMC_NODE"] = node_name(node)
     found["VMMC_NODES"] = str(nodes)
     found["VMMC_SOCKET"] = str(place.socket(node))
+    found["VMMC_PLACED"] = "1"  # also where somebody on another node asks: see preload/process.c
     library = str(paths.native_file("libvmmc-preload.so"))
     others = [item for item in found.get("LD_PRELOAD", "").replace(":", " ").split() if item != library]
     found["LD_PRELOAD"] = ":".join([library, *others])

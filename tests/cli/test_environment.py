@@ -23,8 +23,8 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 def served_by(cluster: Cluster, **environment: str) -> tuple[str, list[str]]:
     """By whom its sockets are served, and what it complains of."""
     command = [sys.executable, "-c", CONNECTION]
-    # After what makes it run on the node: env(1) replaces that.
-    assignments = [f"{name}={value}" for name, value in environment.items()]
+    # After what makes it run on the node: env(1) replaces that, and means it.
+    assignments = [f"{name}={value}" for name, value in environment.items()] + ["VMMC_PLACED=1"]
     done = cluster.node(0).run(["env", *assignments, *command], timeout=60, check=True)
     return done.stdout.strip(), done.stderr.splitlines()
 
@@ -64,7 +64,7 @@ def test_no_place_in_a_cluster(name: str, value: str, two_nodes: Cluster) -> Non
 def test_no_daemon_there(two_nodes: Cluster) -> None:
     """A daemon that does not answer is not taken for none: sockets would leave the node unseen."""
     listen = [sys.executable, "-c", "import socket; socket.create_server(('', 0))"]
-    done = two_nodes.node(0).run(["env", "VMMC_SOCKET=/nonsense", *listen], timeout=60)
+    done = two_nodes.node(0).run(["env", "VMMC_PLACED=1", "VMMC_SOCKET=/nonsense", *listen], timeout=60)
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("vmmc: ")]
     assert len(said) == 1
@@ -73,3 +73,31 @@ def test_no_daemon_there(two_nodes: Cluster) -> None:
 
 def test_an_empty_daemon_is_none(two_nodes: Cluster) -> None:
     assert served_by(two_nodes, VMMC_SOCKET="") == ("kernel", [])
+
+
+def test_a_launcher_that_passes_on_its_environment(two_nodes: Cluster) -> None:
+    """What it starts by way of the other node is there, as its name and its addresses say."""
+    name = "import socket; s = socket.create_server(('', 0)); c = socket.create_connection(s.getsockname())"
+    where = "; print(socket.gethostname(), socket.gethostbyname(socket.gethostname()))"
+    forward = (
+        "import os, subprocess, sys\n"
+        "own = [f'{name}={value}' for name, value in os.environ.items()]\n"
+        "remote = [sys.executable, '-P', '-m', 'vmmc_emu.cli', 'run', '--node', '1', '--', 'env', *own]\n"
+        "for program in ([], ['sh', '-c', 'exec \"$0\" \"$@\"']):\n"
+        "    subprocess.run([*remote, *program, sys.executable, '-c', sys.argv[1]], check=True)\n"
+    )
+    done = two_nodes.node(0).run([sys.executable, "-c", forward, name + where], timeout=60, check=True)
+    assert done.stdout == 2 * "node1 198.18.0.2\n"
+
+
+def test_a_program_on_a_node_starts_one_on_another(two_nodes: Cluster) -> None:
+    command = [sys.executable, "-P", "-m", "vmmc_emu.cli", "run", "--node", "1", "--", "hostname"]
+    script = 'hostname; "$@"; exec "$@"'
+    done = two_nodes.node(0).run(["sh", "-c", script, "sh", *command], timeout=60, check=True)
+    assert done.stdout == "node0\nnode1\nnode1\n"
+
+
+def test_the_mark_of_a_place_is_gone_when_a_program_starts(two_nodes: Cluster) -> None:
+    done = two_nodes.node(0).run(["sh", "-c", "env | grep VMMC_ | cut -d= -f1"], timeout=60, check=True)
+    assert "VMMC_NODE" in done.stdout.split()
+    assert "VMMC_PLACED" not in done.stdout.split()

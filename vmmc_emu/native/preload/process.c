@@ -63,17 +63,37 @@ static bool same_name(const char *a, const char *b) {
   return !strncmp(a, b, length) && b[length] == '=';
 }
 
-/* Completes an environment without which the program would silently leave the node.  `list` has room for
- * KEPT_MAX + 2 entries more than `given`, `text` for a combined LD_PRELOAD.  No allocation: a vfork child. */
+static bool is_place(const char *variable) {
+  static const char *const place[] = {"VMMC_CLUSTER=", "VMMC_NODE=", "VMMC_NODES=", "VMMC_SOCKET="};
+  for (size_t i = 0; i < sizeof place / sizeof *place; i++)
+    if (!strncmp(variable, place[i], strlen(place[i]))) return true;
+  return false;
+}
+
+/* Says that an environment names its node on purpose; `vmmc-emu run` does, and who is started takes it out. */
+static const char placed[] = "VMMC_PLACED";
+
+/*
+ * Completes an environment without which the program would silently leave the node, and puts right one that is
+ * another node's: launchers (MPICH's) pass on what they have themselves.  Who means it says VMMC_PLACED, or gives
+ * VMMC_SOCKET no value: such a program has no node.  `list` has room for KEPT_MAX + 2 entries more than `given`,
+ * `text` for a combined LD_PRELOAD.  No allocation: a vfork child.
+ */
 static char *const *on_node_environment(char *const *given, char **list, char *text, size_t text_size) {
   int count = 0;
-  for (; given && given[count]; count++) list[count] = given[count];
+  bool meant = false;
+  for (; given && given[count]; count++) {
+    list[count] = given[count];
+    if (same_name(placed, given[count]) || !strcmp(given[count], "VMMC_SOCKET=")) meant = true;
+  }
   int end = count;
   for (int k = 0; k < kept_count; k++) {
     int at = 0;
     while (at < count && !same_name(kept[k], list[at])) at++;
     if (at == count) {
       list[end++] = kept[k];
+    } else if (is_place(kept[k])) {
+      if (!meant) list[at] = kept[k];
     } else if (!strncmp(kept[k], "LD_PRELOAD=", 11) && !strstr(list[at], library_name)) {
       /* The program preloads something of its own: ours beside it. */
       int length = snprintf(text, text_size, "%s:%s", kept[k], list[at] + 11);
@@ -357,6 +377,7 @@ void process_begin(void) {
   process_diagnostics = diagnostics && !strcmp(diagnostics, "1");
   if (diagnostics && *diagnostics && !process_diagnostics && strcmp(diagnostics, "0"))
     process_say("VMMC_DIAGNOSTICS=%.64s is neither 0 nor 1: using 0", diagnostics);
+  unsetenv(placed);
   if (!daemon || !*daemon) return;
   if (!socket_place(&process_node, &process_nodes)) {
     const char *node = getenv("VMMC_NODE"), *nodes = getenv("VMMC_NODES");
