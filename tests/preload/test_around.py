@@ -23,7 +23,7 @@ WAYS = ["open", "openat close-on-exec", "fopen close-on-exec"]
 
 def told(cluster: Cluster | None, *command: str) -> str:
     run = cluster.node(1).run if cluster else subprocess.run
-    return run(command, capture_output=True, text=True, timeout=60, check=True).stdout  # type: ignore[no-any-return]
+    return run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 @pytest.mark.parametrize(
