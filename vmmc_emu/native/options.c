@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <linux/sockios.h>
 #include <netinet/in.h>
+#include <netinet/ip.h>
 #include <netinet/tcp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,8 @@ enum {
   SEND_BUFFER_MIN = 4608,
   SEGMENT = 65483,                /* TCP_MAXSEG over Linux's loopback */
   SEGMENT_UNCONNECTED = 536,
+  SEGMENT_LEAST = 88,             /* that TCP_MAXSEG may ask for, and the most */
+  SEGMENT_MOST = 32767,
 };
 
 #define BOOLEAN INT32_MAX, INT32_MIN
@@ -45,7 +48,13 @@ static const struct kept_option {
   int level, name;
   int32_t value;     /* the default */
   int32_t low, high; /* what is granted; BOOLEAN: any number, and all but 0 is kept as 1 */
-  enum { PLAIN, NEGATIVE, EARLY } kind; /* -1 is granted as well, and means the default; not once connected */
+  enum {
+    PLAIN = 0,
+    NEGATIVE = 1, /* -1 is granted as well, and means the default */
+    EARLY = 2,    /* not once connected */
+    CLASS = 4,    /* one byte, whose last two bits are the protocol's */
+    UNKEPT = 8,   /* granted, and no more */
+  } kind;
 } kept_options[] = {
   { SOL_SOCKET, SO_KEEPALIVE, 0, BOOLEAN, PLAIN },
   { SOL_SOCKET, SO_BROADCAST, 0, BOOLEAN, PLAIN },
@@ -53,6 +62,11 @@ static const struct kept_option {
   { SOL_SOCKET, SO_OOBINLINE, 0, BOOLEAN, PLAIN },
   { SOL_SOCKET, SO_PRIORITY, 0, ANY, PLAIN },
   { SOL_SOCKET, SO_TIMESTAMP, 0, BOOLEAN, PLAIN },
+  { SOL_SOCKET, SO_TIMESTAMPNS, 0, BOOLEAN, PLAIN },
+  { SOL_SOCKET, SO_DEBUG, 0, BOOLEAN, PLAIN },
+  { SOL_SOCKET, SO_MARK, 0, ANY, PLAIN },
+  { SOL_SOCKET, SO_NO_CHECK, 0, BOOLEAN, PLAIN },
+  { SOL_SOCKET, SO_RXQ_OVFL, 0, BOOLEAN, PLAIN },
   { IPPROTO_TCP, TCP_NODELAY, 0, BOOLEAN, PLAIN },
   { IPPROTO_TCP, TCP_CORK, 0, BOOLEAN, PLAIN },
   { IPPROTO_TCP, TCP_KEEPIDLE, 7200, 1, 32767, PLAIN },
@@ -66,15 +80,29 @@ static const struct kept_option {
   { IPPROTO_TCP, TCP_FASTOPEN, 0, 0, INT32_MAX, EARLY },
   { IPPROTO_TCP, OPTION_TCP_FASTOPEN_CONNECT, 0, 0, 1, EARLY },
   { IPPROTO_TCP, OPTION_TCP_NOTSENT_LOWAT, 0, ANY, PLAIN },
-  { IPPROTO_IP, IP_TOS, 0, ANY, PLAIN },
+  { IPPROTO_TCP, TCP_THIN_LINEAR_TIMEOUTS, 0, 0, 1, PLAIN },
+  { IPPROTO_TCP, TCP_THIN_DUPACK, 0, 0, 1, UNKEPT },
+  { IPPROTO_IP, IP_TOS, 0, ANY, CLASS },
   { IPPROTO_IP, IP_TTL, 64, 1, 255, NEGATIVE },
   { IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_WANT, IP_PMTUDISC_DONT, IP_PMTUDISC_OMIT, PLAIN },
   { IPPROTO_IP, IP_RECVERR, 0, BOOLEAN, PLAIN },
   { IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 0, BOOLEAN, PLAIN },
   { IPPROTO_IP, IP_FREEBIND, 0, BOOLEAN, PLAIN },
-  { IPPROTO_IPV6, IPV6_TCLASS, 0, 0, 255, NEGATIVE },
+  { IPPROTO_IP, IP_MINTTL, 0, 0, 255, PLAIN },
+  { IPPROTO_IP, IP_PKTINFO, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IP, IP_RECVOPTS, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IP, IP_RECVTOS, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IP, IP_RECVTTL, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IP, IP_TRANSPARENT, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IPV6, IPV6_TCLASS, 0, 0, 255, NEGATIVE | CLASS },
   { IPPROTO_IPV6, IPV6_UNICAST_HOPS, 64, 0, 255, NEGATIVE },
   { IPPROTO_IPV6, IPV6_RECVERR, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IPV6, IPV6_MTU_DISCOVER, IPV6_PMTUDISC_WANT, IPV6_PMTUDISC_DONT, IPV6_PMTUDISC_OMIT, PLAIN },
+  { IPPROTO_IPV6, IPV6_DONTFRAG, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IPV6, IPV6_MINHOPCOUNT, 0, 0, 255, PLAIN },
+  { IPPROTO_IPV6, IPV6_RECVHOPLIMIT, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IPV6, IPV6_RECVPKTINFO, 0, BOOLEAN, PLAIN },
+  { IPPROTO_IPV6, IPV6_RECVTCLASS, 0, BOOLEAN, PLAIN },
 };
 enum { KEPT_OPTIONS = sizeof kept_options / sizeof *kept_options };
 _Static_assert(KEPT_OPTIONS <= sizeof((struct vsocket *)0)->kept / sizeof(int32_t),
@@ -82,6 +110,9 @@ _Static_assert(KEPT_OPTIONS <= sizeof((struct vsocket *)0)->kept / sizeof(int32_
 
 static int kept_index(const struct vsocket *s, int level, int name) {
   if (level == IPPROTO_IPV6 && s->family != AF_INET6) return -1;
+  /* Of these a socket has one, by two names. */
+  if (level == IPPROTO_IPV6 && name == IPV6_FREEBIND) level = IPPROTO_IP, name = IP_FREEBIND;
+  if (level == IPPROTO_IPV6 && name == IPV6_TRANSPARENT) level = IPPROTO_IP, name = IP_TRANSPARENT;
   for (int i = 0; i < KEPT_OPTIONS; i++)
     if (kept_options[i].level == level && kept_options[i].name == name) return i;
   return -1;
@@ -262,9 +293,11 @@ int socket_setsockopt(struct vsocket *s, int level, int name, const void *value,
       return -EINVAL;
     const struct kept_option *option = &kept_options[index];
     if (option->low > option->high) number = number != 0;
-    else if (option->kind == NEGATIVE && number == -1) number = option->value;
+    else if (option->kind & NEGATIVE && number == -1) number = option->value;
     else if (number < option->low || number > option->high) return -EINVAL;
-    if (option->kind == EARLY && s->phase >= SOCKET_CONNECTING && !connection_over(s)) return -EINVAL;
+    if (option->kind & EARLY && s->phase >= SOCKET_CONNECTING && !connection_over(s)) return -EINVAL;
+    if (option->kind & CLASS) number &= 0xff & ~IPTOS_ECN_MASK;
+    if (option->kind & UNKEPT) number = option->value;
     s->kept[index] = (int32_t)((uint32_t)number - (uint32_t)option->value);
     tell_keepalive(s);
     return 0;
@@ -276,6 +309,7 @@ int socket_setsockopt(struct vsocket *s, int level, int name, const void *value,
       if (name == TCP_CONGESTION) return length < 1 ? -EINVAL : 0; /* any: there is none */
       int number, error = take_int(value, length, &number);
       if (error) return error;
+      if (name == TCP_MAXSEG && number && (number < SEGMENT_LEAST || number > SEGMENT_MOST)) return -EINVAL;
       if (name == TCP_MAXSEG || name == TCP_WINDOW_CLAMP) return 0; /* the link has its own sizes */
       return -ENOPROTOOPT;
     }
