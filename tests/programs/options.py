@@ -1,4 +1,4 @@
-"""What a socket says of options that mean nothing, or little, without a kernel's TCP: granted or not, and kept."""
+"""What a socket says of options that mean little without a kernel's TCP: granted or not, and kept."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def main(*hosts: str) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, 0), family=family) as listener, socket.socket(family) as connected:
             connected.connect(listener.getsockname())
-            for state, sock in (("new", socket.socket(family)), ("listening", listener), ("connected", connected)):
+            states = {"new": socket.socket(family), "listening": listener, "connected": connected}
+            for state, sock in states.items():
                 for level, (number, options) in LEVELS.items():
                     if level == "IPV6" and family == socket.AF_INET:
                         continue
