@@ -244,6 +244,15 @@ INTERPOSE int uname(struct utsname *system) {
   return result;
 }
 
+void names_own_address(struct sockaddr *address) {
+  struct sockaddr_in *v4 = (void *)address;
+  struct sockaddr_in6 *v6 = (void *)address;
+  struct in_addr own = address_of(process_node);
+  if (address->sa_family == AF_INET) v4->sin_addr = own;
+  else if (IN6_IS_ADDR_V4MAPPED(&v6->sin6_addr)) memcpy(v6->sin6_addr.s6_addr + 12, &own, sizeof own);
+  else v6->sin6_addr = address6_of(process_node), v6->sin6_scope_id = 0;
+}
+
 /* ---- this node's interfaces ---- */
 
 enum { INTERFACES = 2 };

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "fault.h"
+#include "names.h"
 #include "process.h"
 #include "readiness.h"
 #include "real.h"
@@ -333,8 +334,29 @@ INTERPOSE int shutdown(int fd, int how) {
   return finish(f, result);
 }
 
+/*
+ * A kernel socket's name.  A program that looks for its own address connects a datagram socket, which sends nothing,
+ * and asks for its name: on a node that is the node's address, and none of the machine's.
+ */
+static int kernel_name(int fd, struct sockaddr *address, socklen_t *length) {
+  socklen_t room, size = sizeof(struct sockaddr_storage);
+  bool known = process_on_node && !take_room(&room, length);
+  int result = REAL(getsockname)(fd, address, length);
+  if (result < 0 || !known || room < sizeof address->sa_family || !has_ip(address, *length)) return result;
+  struct sockaddr_storage name;
+  int type = 0;
+  socklen_t type_size = sizeof type;
+  uint32_t node;
+  if (REAL(getsockname)(fd, (struct sockaddr *)&name, &size) < 0 || is_on_host((struct sockaddr *)&name) ||
+      socket_route_of((struct sockaddr *)&name, size, &node) != ROUTE_KERNEL ||
+      REAL(getsockopt)(fd, SOL_SOCKET, SO_TYPE, &type, &type_size) < 0 || type != SOCK_DGRAM)
+    return 0;
+  names_own_address((struct sockaddr *)&name);
+  memcpy(address, &name, room < size ? room : size); /* where the kernel has just written as much */
+  return 0;
+}
 INTERPOSE int getsockname(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
-  SOCKET_OR(fd, REAL(getsockname)(fd, address, length));
+  SOCKET_OR(fd, kernel_name(fd, address, length));
   return finish(f, tell_name(f->socket, false, address, length));
 }
 INTERPOSE int getpeername(int fd, struct sockaddr *restrict address, socklen_t *restrict length) {
