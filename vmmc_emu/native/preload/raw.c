@@ -4,6 +4,7 @@
  * Not those of processes and signals: their raw forms are what runtimes use to go around the C library on
  * purpose, and a child that they make is recognised (descriptors.h, process.h).
  */
+#include <dlfcn.h>
 #include <errno.h>
 #include <stdint.h>
 #include <sys/syscall.h>
@@ -21,29 +22,30 @@ struct mask_argument {
 /*
  * io_uring: calls that a ring carries go around this library, and would do to placeholders what was meant for sockets
  * (libuv watches its descriptors that way).  So a node is a machine without it, as many are; programs have another
- * way.  These are liburing's functions: it makes its system calls itself.
+ * way.  These are liburing's functions, since it makes its system calls itself; off the nodes they are looked up
+ * when they are called, since most programs have none.
  */
-static int rings_refused(void) {
+struct io_uring;
+struct io_uring_params;
+
+static int no_rings(void) {
   if (process_diagnostics) process_say("io_uring is not there on a node (ENOSYS): it would go around VMMC");
   return -ENOSYS;
 }
-INTERPOSE int io_uring_queue_init(unsigned entries, struct io_uring *ring, unsigned flags) {
-  if (process_on_node || !REAL(io_uring_queue_init)) return rings_refused();
-  return REAL(io_uring_queue_init)(entries, ring, flags);
-}
-INTERPOSE int io_uring_queue_init_params(unsigned entries, struct io_uring *ring, struct io_uring_params *parameters) {
-  if (process_on_node || !REAL(io_uring_queue_init_params)) return rings_refused();
-  return REAL(io_uring_queue_init_params)(entries, ring, parameters);
-}
-INTERPOSE int io_uring_queue_init_mem(unsigned entries, struct io_uring *ring, struct io_uring_params *parameters,
-                                      void *memory, size_t size) {
-  if (process_on_node || !REAL(io_uring_queue_init_mem)) return rings_refused();
-  return REAL(io_uring_queue_init_mem)(entries, ring, parameters, memory, size);
-}
-INTERPOSE int io_uring_setup(unsigned entries, struct io_uring_params *parameters) {
-  if (process_on_node || !REAL(io_uring_setup)) return rings_refused();
-  return REAL(io_uring_setup)(entries, parameters);
-}
+
+#define RING_CALL(name, parameters, arguments)                                                      \
+  INTERPOSE int name parameters;                                                                    \
+  int name parameters {                                                                             \
+    int (*real) parameters = process_on_node ? NULL : (int (*) parameters)dlsym(RTLD_NEXT, #name); \
+    return real ? real arguments : no_rings();                                                      \
+  }
+RING_CALL(io_uring_queue_init, (unsigned entries, struct io_uring *ring, unsigned flags), (entries, ring, flags))
+RING_CALL(io_uring_queue_init_params, (unsigned entries, struct io_uring *ring, struct io_uring_params *how),
+          (entries, ring, how))
+RING_CALL(io_uring_queue_init_mem,
+          (unsigned entries, struct io_uring *ring, struct io_uring_params *how, void *memory, size_t size),
+          (entries, ring, how, memory, size))
+RING_CALL(io_uring_setup, (unsigned entries, struct io_uring_params *how), (entries, how))
 
 #define P(type, n) ((type)(uintptr_t)a[n])
 #define N(type, n) ((type)a[n])
@@ -125,7 +127,7 @@ static long taken_over(long number, const long *a, bool *mine) {
                           P(const sigset_t *, 4));
 #ifdef SYS_io_uring_setup
     case SYS_io_uring_setup:
-      errno = -rings_refused();
+      errno = -no_rings();
       return -1;
 #endif
     /* exec: the program is to stay on the node */

@@ -3,7 +3,8 @@
  *
  * REAL(name)(...) calls the next definition after ours.  All are looked up at once, the first time any is
  * needed: constructors of other libraries run before ours, and a lookup inside a vfork child or a signal
- * handler would be unsafe, so the table is complete long before either.
+ * handler would be unsafe, so the table is complete long before either.  All of them are in the C library: a lookup
+ * that fails allocates memory, and it may be the allocator that asks first.
  */
 #ifndef PRELOAD_REAL_H
 #define PRELOAD_REAL_H
@@ -49,14 +50,6 @@ int __open64_2(const char *path, int flags);
 int __openat_2(int at, const char *path, int flags);
 int __openat64_2(int at, const char *path, int flags);
 int __gethostname_chk(char *name, size_t length, size_t size);
-/* liburing's, where a program has it. */
-struct io_uring;
-struct io_uring_params;
-int io_uring_queue_init(unsigned entries, struct io_uring *ring, unsigned flags);
-int io_uring_queue_init_params(unsigned entries, struct io_uring *ring, struct io_uring_params *parameters);
-int io_uring_queue_init_mem(unsigned entries, struct io_uring *ring, struct io_uring_params *parameters, void *memory,
-                            size_t size);
-int io_uring_setup(unsigned entries, struct io_uring_params *parameters);
 void __chk_fail(void) __attribute__((noreturn));
 void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noreturn));
 
@@ -82,9 +75,7 @@ void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noret
   /* processes and signals */                                                                                \
   X(syscall) X(execve) X(execvpe) X(fexecve) X(execveat) X(posix_spawn) X(posix_spawnp) X(sigaction)       \
   X(sigprocmask) X(pthread_sigmask)                                                                          \
-  X(longjmp) X(_longjmp) X(siglongjmp) X(__longjmp_chk)                                                      \
-  /* rings */                                                                                                \
-  X(io_uring_queue_init) X(io_uring_queue_init_params) X(io_uring_queue_init_mem) X(io_uring_setup)
+  X(longjmp) X(_longjmp) X(siglongjmp) X(__longjmp_chk)
 
 #define REAL_FIELD(name) __typeof__(&name) name;
 struct real_calls {
