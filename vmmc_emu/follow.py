@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import select
+import signal
+import threading
 from collections.abc import Iterator
 
 from vmmc_emu import observe
@@ -22,6 +26,33 @@ def _watch(directory: str) -> int:
         code = ctypes.get_errno()
         raise OSError(code, f"cannot watch {directory}: {os.strerror(code)}")
     return descriptor
+
+
+@contextlib.contextmanager
+def _signals(poll: select.poll) -> Iterator[None]:
+    """Lets a poll end also for a signal that comes just before it: Python's handler waits for it to end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    try:
+        poll.register(ours, select.POLLIN)
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(ours)
+        os.close(theirs)
+
+
+def _wait(descriptor: int) -> None:
+    """Returns once it is readable, or a signal came whose handler raised nothing."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    with _signals(poll):
+        ready = dict(poll.poll())
+    if descriptor in ready:
+        os.read(descriptor, 65536)
 
 
 def follow(place: ClusterPaths, nodes: set[int] | None = None, level: str = "info") -> Iterator[str]:
@@ -46,6 +77,6 @@ def follow(place: ClusterPaths, nodes: set[int] | None = None, level: str = "inf
                         yield f"{observe.log_prefix(log)} | {line}"
             if not place.logs.exists():
                 return
-            os.read(descriptor, 65536)
+            _wait(descriptor)
     finally:
         os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import queue
 import threading
@@ -20,13 +21,14 @@ class Sleeper:
     """A call in a thread of its own, found asleep in it (or before it, where it waits for Python's lock)."""
 
     def __init__(self, call: Callable[[], object]) -> None:
-        """Returns once the kernel says that the thread sleeps."""
+        """Returns once the kernel says that the thread sleeps, or the call has returned."""
         self._told: queue.Queue[object] = queue.Queue()
         self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
         self._thread.start()
         stat = Path(f"/proc/self/task/{self._thread.native_id}/stat")
-        while stat.read_text().rpartition(") ")[2][0] != "S":
-            self._thread.join(0.001)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it is over
+            while stat.read_text().rpartition(") ")[2][0] != "S":
+                self._thread.join(0.001)
 
     def _run(self, call: Callable[[], object]) -> None:
         try:
