@@ -24,9 +24,13 @@ class Group:
 
     def __init__(self, directory: Path, mebibytes: int) -> None:
         self._directory = directory
-        limits = [directory / name for name in ("memory.max", "memory.limit_in_bytes")]
-        limit = next(each for each in limits if each.exists())
-        limit.write_text(str(mebibytes * MEBIBYTE))
+        bytes_most = mebibytes * MEBIBYTE
+        for name, value in (
+            ("memory.max", bytes_most), ("memory.swap.max", 0),
+            ("memory.limit_in_bytes", bytes_most), ("memory.memsw.limit_in_bytes", bytes_most),
+        ):  # fmt: skip
+            if (directory / name).exists():
+                (directory / name).write_text(str(value))
 
     def enter(self) -> None:
         """For a child process, before it becomes its program."""
