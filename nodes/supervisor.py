@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vmmc_emu.nodes import channel, journal
+from vmmc_emu.nodes import channel, files, journal
 from vmmc_emu.nodes.channel import Endpoint, Outbox, Store
 from vmmc_emu.nodes.daemon import become_daemon, describe_exit, open_log
 from vmmc_emu.nodes.journal import ERROR, INFO, WARNING, log
@@ -657,6 +657,7 @@ def main(cluster: str, nodes: int, runtime: str, owner: int) -> int:
         directories = (place.processes, place.logs, place.wires, place.power, place.restarts)
         for directory in (place.runtime, *directories):
             paths.make_private_directory(directory)
+        files.write(place, nodes)
         supervision = os.open(place.supervision, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(supervision, fcntl.LOCK_EX)  # held until we end, however that comes
         set_title(f"vmmc-emu: {cluster} supervisor", "vmmc supervisor")

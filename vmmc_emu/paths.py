@@ -78,6 +78,15 @@ class ClusterPaths:
         """One file for each process that ever had a successor (see vmmc_emu.processes)."""
         return self.runtime / "restarts"
 
+    @property
+    def hosts(self) -> Path:
+        """What programs on the nodes find as /etc/hosts (preload/names.c)."""
+        return self.runtime / "hosts"
+
+    def interfaces(self, node: int) -> Path:
+        """What programs on a node find as /proc/net/if_inet6."""
+        return self.runtime / f"{node_name(node)}.if_inet6"
+
     def socket(self, node: int) -> Path:
         """The socket on which a node's daemon attaches programs."""
         return self.runtime / f"{node_name(node)}.sock"

@@ -31,12 +31,38 @@ def told(cluster: Cluster | None, *command: str) -> str:
     [
         ("/etc/hosts", HOSTS + Path("/etc/hosts").read_text()),
         ("/proc/net/if_inet6", INTERFACES),
-        ("/proc/sys/kernel/hostname", "node1\n"),
     ],
 )
 def test_files(two_nodes: Cluster, program: Callable[..., str], path: str, text: str) -> None:
     expected = "".join(f"== {way}\n{text}" for way in WAYS) + "== -1 Bad address\n"
     assert told(two_nodes, program("around"), path) == expected
+
+
+def test_a_file_is_what_stat_says_that_it_is(two_nodes: Cluster, tmp_path: Path) -> None:
+    """cp(1) looks before and after it opens; a reader may take the size for its word."""
+    script = (
+        f"cp /etc/hosts {tmp_path}/copy && cmp /etc/hosts {tmp_path}/copy && stat -c %s /etc/hosts"
+        f" && wc -c < {tmp_path}/copy && stat -Lc %i /etc/hosts && ls -i /etc/hosts | cut -d' ' -f1"
+    )
+    size, copied, inode, listed = told(two_nodes, "sh", "-c", script).split()
+    assert size == copied == str(len(HOSTS + Path("/etc/hosts").read_text()))
+    assert inode == listed != str(Path("/etc/hosts").stat().st_ino)
+
+
+def test_the_machines_file_stays_for_who_may_not_read_the_clusters(
+    two_nodes: Cluster, program: Callable[..., str]
+) -> None:
+    two_nodes.place.hosts.rename(two_nodes.place.hosts.with_suffix(".away"))
+    try:
+        text = Path("/etc/hosts").read_text()
+        expected = "".join(f"== {way}\n{text}" for way in WAYS) + "== -1 Bad address\n"
+        assert told(two_nodes, program("around"), "/etc/hosts") == expected
+    finally:
+        two_nodes.place.hosts.with_suffix(".away").rename(two_nodes.place.hosts)
+
+
+def test_main_begins_without_an_error(two_nodes: Cluster, program: Callable[..., str]) -> None:
+    assert told(two_nodes, program("around")).splitlines()[0] == "0"
 
 
 def test_files_off_the_nodes_are_the_machines(program: Callable[..., str]) -> None:
@@ -64,4 +90,5 @@ def test_a_kernel_with_ipv6_says_it_in_the_same_form() -> None:
 
 def test_there_are_no_rings(two_nodes: Cluster, program: Callable[..., str]) -> None:
     """They would go around VMMC; programs that can use them do without where there are none."""
-    assert told(two_nodes, program("around")) == "-1 Function not implemented\nFunction not implemented\n"
+    refused = ["-1 Function not implemented", "Function not implemented"]
+    assert told(two_nodes, program("around")).splitlines()[1:] == refused

@@ -47,6 +47,9 @@ static int rings(void) {
 }
 
 int main(int count, char **argument) {
+  int begins_with = errno;
   setvbuf(stdout, NULL, _IOLBF, 0);
-  return count == 2 ? files(argument[1]) : rings();
+  if (count == 2) return files(argument[1]);
+  printf("%d\n", begins_with);
+  return rings();
 }

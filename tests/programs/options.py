@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import sys
 
 LEVELS = {
     "SOL_SOCKET": (socket.SOL_SOCKET, {
-        "KEEPALIVE": 9, "BROADCAST": 6, "DONTROUTE": 5, "OOBINLINE": 10, "PRIORITY": 12, "TIMESTAMP": 29,
-        "TIMESTAMPNS": 35, "NO_CHECK": 11, "RXQ_OVFL": 40,
+        "KEEPALIVE": 9, "BROADCAST": 6, "DONTROUTE": 5, "OOBINLINE": 10, "TIMESTAMP": 29, "TIMESTAMPNS": 35,
+        "NO_CHECK": 11, "RXQ_OVFL": 40,
     }),
     "TCP": (socket.IPPROTO_TCP, {
         "NODELAY": 1, "CORK": 3, "KEEPIDLE": 4, "KEEPINTVL": 5, "KEEPCNT": 6, "SYNCNT": 7, "QUICKACK": 12,
@@ -25,9 +24,13 @@ LEVELS = {
         "DONTFRAG": 62, "RECVTCLASS": 66, "TCLASS": 67, "MINHOPCOUNT": 73, "FREEBIND": 78,
     }),
 }  # fmt: skip
+# For who may administer the machine's network; a node has none to protect.
 PRIVILEGED = {
-    "SOL_SOCKET": {"DEBUG": 1, "MARK": 36}, "TCP": {}, "IP": {"TRANSPARENT": 19}, "IPV6": {"TRANSPARENT": 75},
-}  # fmt: skip
+    "SOL_SOCKET": {"DEBUG": 1, "PRIORITY": 12, "MARK": 36},
+    "TCP": {},
+    "IP": {"TRANSPARENT": 19},
+    "IPV6": {"TRANSPARENT": 75},
+}
 VALUES = (1, 2, 0, 63, 300, -1)
 
 
@@ -41,7 +44,7 @@ def answer(sock: socket.socket, level: int, name: int, value: int | None = None)
         return errno.errorcode[error.errno or 0]
 
 
-def main(*hosts: str) -> None:
+def main(who: str, *hosts: str) -> None:
     """For each of the loopback addresses: new, listening and connected sockets."""
     for host in hosts:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -52,7 +55,7 @@ def main(*hosts: str) -> None:
                 for level, (number, options) in LEVELS.items():
                     if level == "IPV6" and family == socket.AF_INET:
                         continue
-                    privileged = PRIVILEGED[level] if os.geteuid() == 0 else {}
+                    privileged = PRIVILEGED[level] if who == "administrator" else {}
                     for name, option in {**options, **privileged}.items():
                         words = [answer(sock, number, option)]
                         for value in VALUES:

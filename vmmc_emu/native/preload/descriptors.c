@@ -434,25 +434,26 @@ INTERPOSE void closefrom(int first) { close_between(first < 0 ? 0 : (unsigned)fi
     va_end(arguments);                                                                     \
     mode;                                                                                  \
   })
-#define OPENED(path, flags, real)                       \
-  do {                                                  \
-    int told = names_open(path, flags);                 \
-    return descriptor_fresh(told >= 0 ? told : (real)); \
-  } while (0)
-INTERPOSE int open(const char *path, int flags, ...) { OPENED(path, flags, REAL(open)(path, flags, MODE(flags))); }
-INTERPOSE int open64(const char *path, int flags, ...) { OPENED(path, flags, REAL(open64)(path, flags, MODE(flags))); }
+INTERPOSE int open(const char *path, int flags, ...) {
+  FRESH(REAL(open)(names_opened(path, flags), flags, MODE(flags)));
+}
+INTERPOSE int open64(const char *path, int flags, ...) {
+  FRESH(REAL(open64)(names_opened(path, flags), flags, MODE(flags)));
+}
 INTERPOSE int openat(int at, const char *path, int flags, ...) {
-  OPENED(path, flags, REAL(openat)(at, path, flags, MODE(flags)));
+  FRESH(REAL(openat)(at, names_opened(path, flags), flags, MODE(flags)));
 }
 INTERPOSE int openat64(int at, const char *path, int flags, ...) {
-  OPENED(path, flags, REAL(openat64)(at, path, flags, MODE(flags)));
+  FRESH(REAL(openat64)(at, names_opened(path, flags), flags, MODE(flags)));
 }
 /* Of fortified programs. */
-INTERPOSE int __open_2(const char *path, int flags) { OPENED(path, flags, REAL(__open_2)(path, flags)); }
-INTERPOSE int __open64_2(const char *path, int flags) { OPENED(path, flags, REAL(__open64_2)(path, flags)); }
-INTERPOSE int __openat_2(int at, const char *path, int flags) { OPENED(path, flags, REAL(__openat_2)(at, path, flags)); }
+INTERPOSE int __open_2(const char *path, int flags) { FRESH(REAL(__open_2)(names_opened(path, flags), flags)); }
+INTERPOSE int __open64_2(const char *path, int flags) { FRESH(REAL(__open64_2)(names_opened(path, flags), flags)); }
+INTERPOSE int __openat_2(int at, const char *path, int flags) {
+  FRESH(REAL(__openat_2)(at, names_opened(path, flags), flags));
+}
 INTERPOSE int __openat64_2(int at, const char *path, int flags) {
-  OPENED(path, flags, REAL(__openat64_2)(at, path, flags));
+  FRESH(REAL(__openat64_2)(at, names_opened(path, flags), flags));
 }
 INTERPOSE int creat(const char *path, mode_t mode) { FRESH(REAL(creat)(path, mode)); }
 INTERPOSE int creat64(const char *path, mode_t mode) { FRESH(REAL(creat64)(path, mode)); }
@@ -479,19 +480,12 @@ static FILE *fresh_stream(FILE *stream) {
   if (stream) descriptor_fresh(fileno(stream));
   return stream;
 }
-/* A file that is another on a node, or NULL. */
-static FILE *told_stream(const char *path, const char *mode) {
-  if (!process_on_node || mode[0] != 'r' || strchr(mode, '+')) return NULL;
-  int fd = names_open(path, O_RDONLY | (strchr(mode, 'e') ? O_CLOEXEC : 0));
-  FILE *stream = fd >= 0 ? REAL(fdopen)(fd, mode) : NULL;
-  if (fd >= 0 && !stream) REAL(close)(fd);
-  return stream;
+static const char *names_streamed(const char *path, const char *mode) {
+  return mode[0] == 'r' && !strchr(mode, '+') ? names_file(path) : path;
 }
 INTERPOSE FILE *fopen(const char *path, const char *mode) {
-  FILE *told = told_stream(path, mode);
-  return fresh_stream(told ? told : REAL(fopen)(path, mode));
+  return fresh_stream(REAL(fopen)(names_streamed(path, mode), mode));
 }
 INTERPOSE FILE *fopen64(const char *path, const char *mode) {
-  FILE *told = told_stream(path, mode);
-  return fresh_stream(told ? told : REAL(fopen64)(path, mode));
+  return fresh_stream(REAL(fopen64)(names_streamed(path, mode), mode));
 }

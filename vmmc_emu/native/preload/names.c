@@ -4,8 +4,8 @@
  * node0 ... resolve to the nodes' addresses and back; the host's name is the node's; its interfaces are
  * loopback and the node's own.  All other names are the C library's to resolve.
  *
- * Programs that ask files instead of the C library (resolvers of their own, Open MPI) find the same there: who opens
- * one of them for reading gets a copy in memory.
+ * Programs that ask files instead of the C library (resolvers of their own, Open MPI) find the same there: who reads
+ * or looks at one of them finds the cluster's in its place.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -14,6 +14,8 @@
 #include <netinet/in.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 
 #include "fault.h"
 #include "names.h"
@@ -399,54 +401,23 @@ int names_ioctl(unsigned long request, void *argument) {
 
 /* ---- files that say the same ---- */
 
-static void hosts(int fd) {
-  char line[128], v4[INET_ADDRSTRLEN], v6[INET6_ADDRSTRLEN], part[4096];
-  for (uint32_t node = 0; node < process_nodes; node++) { /* first: the first line that has a name counts */
-    struct in_addr a4 = address_of(node);
-    struct in6_addr a6 = address6_of(node);
-    inet_ntop(AF_INET, &a4, v4, sizeof v4);
-    inet_ntop(AF_INET6, &a6, v6, sizeof v6);
-    int length = snprintf(line, sizeof line, "%s\tnode%u\n%s\tnode%u\n", v4, node, v6, node);
-    (void)!REAL(write)(fd, line, (size_t)length);
-  }
-  int machine = REAL(open)("/etc/hosts", O_RDONLY | O_CLOEXEC);
-  for (ssize_t length; machine >= 0 && (length = REAL(read)(machine, part, sizeof part)) > 0;)
-    (void)!REAL(write)(fd, part, (size_t)length);
-  if (machine >= 0) REAL(close)(machine);
-}
-
-static void own_name(int fd) {
-  char name[32];
-  int length = name_of(process_node, name, sizeof name - 1);
-  name[length++] = '\n';
-  (void)!REAL(write)(fd, name, (size_t)length);
-}
-
-/* Address, index, prefix, scope and flags in hexadecimal, as if6_seq_show in the kernel writes them. */
-static void interfaces6(int fd) {
-  enum { HOST = 0x10, GLOBAL = 0, PERMANENT = 0x80 };
-  for (int i = 0; i < INTERFACES; i++) {
-    struct in6_addr address = i ? address6_of(process_node) : in6addr_loopback;
-    char line[96];
-    int length = 0;
-    for (int byte = 0; byte < 16; byte++)
-      length += snprintf(line + length, sizeof line - (size_t)length, "%02x", address.s6_addr[byte]);
-    length += snprintf(line + length, sizeof line - (size_t)length, " %02x %02x %02x %02x %8s\n", i + 1, i ? 64 : 128,
-                       i ? GLOBAL : HOST, PERMANENT, interfaces[i].name);
-    (void)!REAL(write)(fd, line, (size_t)length);
-  }
-}
-
-static const struct told_file {
+/* What stands for a file of the machine: nodes/files.py writes it beside the daemon's socket. */
+static struct told_file {
   const char *path;
-  void (*tell)(int fd);
-} told_files[] = {
-  {"/etc/hosts", hosts},
-  {"/etc/hostname", own_name},
-  {"/proc/sys/kernel/hostname", own_name},
-  {"/proc/net/if_inet6", interfaces6},
-  {"/proc/self/net/if_inet6", interfaces6},
-};
+  char copy[128]; /* longer than a Unix socket's path and a name */
+} told_files[] = {{.path = "/etc/hosts"}, {.path = "/proc/net/if_inet6"}, {.path = "/proc/self/net/if_inet6"}};
+enum { TOLD_FILES = sizeof told_files / sizeof *told_files };
+
+void names_begin(const char *socket) {
+  const char *slash = strrchr(socket, '/');
+  int directory = slash ? (int)(slash - socket) : 0;
+  for (int i = 0; i < TOLD_FILES && directory; i++) {
+    char own[32] = "hosts";
+    if (i) snprintf(own, sizeof own, "node%u.if_inet6", process_node);
+    int length = snprintf(told_files[i].copy, sizeof told_files[i].copy, "%.*s/%s", directory, socket, own);
+    if (length >= (int)sizeof told_files[i].copy) told_files[i].copy[0] = 0;
+  }
+}
 
 struct sought_file {
   const char *path; /* the program's: it may be no address */
@@ -455,22 +426,32 @@ struct sought_file {
 
 static void seek_file(void *context) {
   struct sought_file *sought = context;
-  for (size_t i = 0; !sought->found && i < sizeof told_files / sizeof *told_files; i++) {
+  for (int i = 0; !sought->found && i < TOLD_FILES; i++) {
     const char *a = sought->path, *b = told_files[i].path;
     while (*a && *a == *b) a++, b++;
     if (*a == *b) sought->found = &told_files[i];
   }
 }
 
-int names_open(const char *path, int flags) {
+const char *names_file(const char *path) {
   struct sought_file sought = {path, NULL};
-  if (!process_on_node || (flags & O_ACCMODE) != O_RDONLY || flags & (O_PATH | O_DIRECTORY)) return -1;
-  if (!fault_guard(seek_file, &sought) || !sought.found) return -1;
-  int error = errno, fd = REAL(memfd_create)(path, flags & O_CLOEXEC ? MFD_CLOEXEC : 0);
-  if (fd >= 0) {
-    sought.found->tell(fd);
-    lseek(fd, 0, SEEK_SET);
-  }
-  errno = error;
-  return fd;
+  if (!process_on_node || !fault_guard(seek_file, &sought) || !sought.found) return path;
+  const char *copy = sought.found->copy;
+  /* Where it is gone, or another user's now, the machine's is better than none. */
+  return copy[0] && REAL(syscall)(SYS_faccessat, AT_FDCWD, copy, R_OK) == 0 ? copy : path;
 }
+
+const char *names_opened(const char *path, int flags) {
+  return (flags & O_ACCMODE) == O_RDONLY && !(flags & O_TRUNC) ? names_file(path) : path;
+}
+
+#define STAT(name, parameters, arguments) \
+  INTERPOSE int name parameters { return REAL(name) arguments; }
+STAT(stat, (const char *path, struct stat *status), (names_file(path), status))
+STAT(stat64, (const char *path, struct stat64 *status), (names_file(path), status))
+STAT(lstat, (const char *path, struct stat *status), (names_file(path), status))
+STAT(lstat64, (const char *path, struct stat64 *status), (names_file(path), status))
+STAT(fstatat, (int at, const char *path, struct stat *status, int flags), (at, names_file(path), status, flags))
+STAT(fstatat64, (int at, const char *path, struct stat64 *status, int flags), (at, names_file(path), status, flags))
+STAT(statx, (int at, const char *path, int flags, unsigned mask, struct statx *status),
+     (at, names_file(path), flags, mask, status))

@@ -17,6 +17,7 @@
 #include <sys/syscall.h>
 
 #include "descriptors.h"
+#include "names.h"
 #include "readiness.h"
 #include "real.h"
 
@@ -387,6 +388,7 @@ void process_begin(void) {
     return;
   }
   keep_environment();
+  names_begin(daemon);
   close_inherited();
   pthread_atfork(before_fork, in_parent, in_child);
   process_on_node = true;
@@ -394,6 +396,8 @@ void process_begin(void) {
 }
 
 __attribute__((constructor)) static void begin(void) {
+  int error = errno; /* 0 is what main is to find */
   if (!atomic_load(&real_known)) real_resolve();
   process_begin();
+  errno = error;
 }

@@ -33,10 +33,16 @@ static int no_rings(void) {
   return -ENOSYS;
 }
 
+/* After ours, or in a liburing that only somebody's plugin sees. */
+static void *look_up(const char *name) {
+  void *found = dlsym(RTLD_NEXT, name), *library = found ? NULL : dlopen("liburing.so.2", RTLD_LAZY | RTLD_NOLOAD);
+  return library ? dlsym(library, name) : found;
+}
+
 #define RING_CALL(name, parameters, arguments)                                                      \
   INTERPOSE int name parameters;                                                                    \
   int name parameters {                                                                             \
-    int (*real) parameters = process_on_node ? NULL : (int (*) parameters)dlsym(RTLD_NEXT, #name); \
+    int (*real) parameters = process_on_node ? NULL : (int (*) parameters)look_up(#name);           \
     return real ? real arguments : no_rings();                                                      \
   }
 RING_CALL(io_uring_queue_init, (unsigned entries, struct io_uring *ring, unsigned flags), (entries, ring, flags))

@@ -30,6 +30,7 @@
 #include <sys/sendfile.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/timerfd.h>
 #include <sys/uio.h>
 #include <sys/utsname.h>
@@ -72,6 +73,7 @@ void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noret
   X(getaddrinfo) X(gethostbyname) X(gethostbyname2) X(gethostbyname_r) X(gethostbyname2_r)                   \
   X(gethostbyaddr) X(gethostbyaddr_r) X(getnameinfo) X(gethostname) X(sethostname) X(uname) X(getifaddrs)    \
   X(if_nametoindex) X(if_indextoname) X(if_nameindex)                                                        \
+  X(stat) X(stat64) X(lstat) X(lstat64) X(fstatat) X(fstatat64) X(statx)                                     \
   /* processes and signals */                                                                                \
   X(syscall) X(execve) X(execvpe) X(fexecve) X(execveat) X(posix_spawn) X(posix_spawnp) X(sigaction)       \
   X(sigprocmask) X(pthread_sigmask)                                                                          \

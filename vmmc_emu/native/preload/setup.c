@@ -343,11 +343,12 @@ static int kernel_name(int fd, struct sockaddr *address, socklen_t *length) {
   bool known = process_on_node && !take_room(&room, length);
   int result = REAL(getsockname)(fd, address, length);
   if (result < 0 || !known || room < sizeof address->sa_family || !has_ip(address, *length)) return result;
-  struct sockaddr_storage name;
+  struct sockaddr_storage name, peer;
   int type = 0;
-  socklen_t type_size = sizeof type;
+  socklen_t type_size = sizeof type, peer_size = sizeof peer;
   uint32_t node;
-  if (REAL(getsockname)(fd, (struct sockaddr *)&name, &size) < 0 || is_on_host((struct sockaddr *)&name) ||
+  if (REAL(getpeername)(fd, (struct sockaddr *)&peer, &peer_size) < 0 ||
+      REAL(getsockname)(fd, (struct sockaddr *)&name, &size) < 0 || is_on_host((struct sockaddr *)&name) ||
       socket_route_of((struct sockaddr *)&name, size, &node) != ROUTE_KERNEL ||
       REAL(getsockopt)(fd, SOL_SOCKET, SO_TYPE, &type, &type_size) < 0 || type != SOCK_DGRAM)
     return 0;
