@@ -11,8 +11,6 @@ import pytest
 
 from vmmc_emu import Cluster
 
-pytestmark = pytest.mark.native
-
 HOSTS = "198.18.0.1\tnode0\nfd00:766d:6d63::1\tnode0\n198.18.0.2\tnode1\nfd00:766d:6d63::2\tnode1\n"
 INTERFACES = (
     "00000000000000000000000000000001 01 80 10 80       lo\n"
@@ -26,6 +24,7 @@ def told(cluster: Cluster | None, *command: str) -> str:
     return run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("path", "text"),
     [
@@ -49,6 +48,7 @@ def test_a_file_is_what_stat_says_that_it_is(two_nodes: Cluster, tmp_path: Path)
     assert inode == listed != str(Path("/etc/hosts").stat().st_ino)
 
 
+@pytest.mark.native
 def test_the_machines_file_stays_for_who_may_not_read_the_clusters(
     two_nodes: Cluster, program: Callable[..., str]
 ) -> None:
@@ -88,6 +88,7 @@ def test_a_kernel_with_ipv6_says_it_in_the_same_form() -> None:
     assert loopback == INTERFACES.splitlines()[:1]
 
 
+@pytest.mark.native
 def test_there_are_no_rings(two_nodes: Cluster, program: Callable[..., str]) -> None:
     """They would go around VMMC; programs that can use them do without where there are none."""
     refused = ["-1 Function not implemented", "Function not implemented"]
