@@ -88,6 +88,7 @@ class Daemon:
         if self._store.nic_pid:
             self._take_over()
         else:
+            self._end_stray_nic()  # found by its lock of what is made anew next
             self._make_node_segments()
             self._start_nic()
         self._listener.setblocking(False)
@@ -136,11 +137,14 @@ class Daemon:
 
     # ---- the NIC ----
 
-    def _start_nic(self) -> None:
-        # One of which nobody knows, because its daemon was killed before it could tell.
+    def _end_stray_nic(self) -> None:
+        """One of which nobody knows, because its daemon was killed before it could tell."""
         if stray := processes.nic_of(self._place, self._node):
             log(WARNING, f"{self._name}: NIC {stray.pid}, which a predecessor started last, makes room")
             processes.kill([stray])
+
+    def _start_nic(self) -> None:
+        self._end_stray_nic()
         # What its predecessor left unread would be heard twice: everything is said anew below.
         self._to_nic.clear()
         with (
@@ -531,6 +535,8 @@ class Daemon:
             # Gone already, or its segments were removed under us: either way it has not been attached.
             self._say_no(self._sockets[endpoint.attach], getattr(error, "errno", None) or errno.EIO)
             self._detach(endpoint, f"could not be answered ({error})")
+            if what == "pub" and isinstance(error, posix_ipc.ExistentialError):  # the node's own
+                self._tell_supervisor(what="damaged", node=self._node, boot=self._store.boot)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)

@@ -29,6 +29,7 @@ import termios
 import time
 import traceback
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ class Supervisor:
             node.off = not power.read(self._place, node.index).on
             if node.off:
                 self._end_node(node)  # its predecessor may have been killed in the middle of that
+                self._loop.call_later(0, partial(self._restart, node))
                 continue
             known = daemons.get(node.index)
             pidfd = processes.open_pidfd(known) if known else None
@@ -244,7 +246,7 @@ class Supervisor:
             log(ERROR, f"{node.name} cannot have a daemon: {error.strerror}; another try follows")
             for each in ends:
                 each.close()
-            self._loop.call_later(_DAEMON_BACKOFF_S[-1], lambda: self._fork_daemon(node))
+            self._plan_daemon(node, _DAEMON_BACKOFF_S[-1])
             return
         if not pid:
             signal.set_wakeup_fd(-1)
@@ -260,6 +262,16 @@ class Supervisor:
         self._by_pid[pid] = node
         self._join(node, ours)
         self._record_daemon(node, pid)
+
+    def _plan_daemon(self, node: Node, delay_s: float) -> None:
+        """Forks a successor later, unless the node has begun another life by then, or has one."""
+        store, last = node.store, node.daemon_pid
+
+        def fork() -> None:
+            if node.store is store and node.daemon_pid == last:
+                self._fork_daemon(node)
+
+        self._loop.call_later(delay_s, fork)
 
     def _record_daemon(self, node: Node, pid: int) -> processes.Process | None:
         return processes.record(
@@ -352,7 +364,7 @@ class Supervisor:
             f" a successor starts {f'in {delay} s' if delay else 'now'}",
         )
         if delay:
-            self._loop.call_later(delay, lambda: self._fork_daemon(node))
+            self._plan_daemon(node, delay)
         else:
             self._fork_daemon(node)
 
@@ -405,14 +417,23 @@ class Supervisor:
 
     # ---- power ----
 
-    def _kill_node(self, node: Node) -> dict[str, Any]:
-        """Everything on it ends at once, and what it had in memory is gone.  Its peers' NICs are told."""
-        if node.off:
-            raise ClusterError(f"{node.name} is off already")
+    def _kill_node(self, node: Node, *, restart: bool = False) -> dict[str, Any]:
+        """Everything on it ends at once, and what it had in memory is gone.  Its peers' NICs are told.
+
+        When that fails half-way (for want of descriptors, say) it can be asked again.
+        """
         was = power.read(self._place, node.index)
-        last_serial = node.store.last_serial if node.store else was.last_serial + _SERIALS_UNKNOWN
+        if node.off and node.store is None and not was.restart:
+            raise ClusterError(f"{node.name} is off already")
+        last_serial = node.store.last_serial if node.store else was.last_serial
+        if node.store is None and not node.off:
+            last_serial += _SERIALS_UNKNOWN
         # First: who comes after us knows that nobody is to be brought back.
-        power.write(self._place, node.index, Power(False, was.boot, last_serial))
+        power.write(self._place, node.index, Power(False, was.boot, last_serial, restart))
+        if not restart:
+            for connection in node.waiting:
+                channel.send(connection, errno=0, message=f"{node.name} was killed before it was up")
+            node.waiting.clear()
         self._end_node(node)
         self._tell_losses()
         return {"node": node.index}
@@ -452,8 +473,18 @@ class Supervisor:
         if node is not by:  # whose daemon has written down why its NIC ended
             found = f"{by.name} found {how}"
             processes.note_restart(self._place, f"{node.name}.nic", node.store.nic_pid, found)
-        self._kill_node(node)
-        self._power_on(node)
+        self._kill_node(node, restart=True)
+        self._restart(node)
+
+    def _restart(self, node: Node) -> None:
+        """Starts a node that is off for a moment only, as often as it takes."""
+        if not node.off or not power.read(self._place, node.index).restart:
+            return  # somebody has started it, or killed it for good
+        try:
+            self._power_on(node)
+        except OSError as error:
+            log(ERROR, f"{node.name} cannot be started anew: {error}; another try follows")
+            self._loop.call_later(_DAEMON_BACKOFF_S[-1], partial(self._restart, node))
 
     def _start_node(self, node: Node, connection: socket.socket) -> None:
         """Brings it back, empty; whoever asked is answered when it is ready."""
@@ -464,6 +495,8 @@ class Supervisor:
 
     def _power_on(self, node: Node) -> None:
         """Gives a node that is off a daemon, and with it its next life."""
+        if node.store is not None:
+            self._end_node(node)  # which failed half-way
         was = power.read(self._place, node.index)
         given = Power(True, was.boot + 1, was.last_serial)
         store = self._new_store(node.index, given)

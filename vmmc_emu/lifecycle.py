@@ -448,8 +448,7 @@ def status(place: ClusterPaths) -> dict[str, Any]:
         )
     states = {entry["state"] for entry in nodes} - {"off"} or {"up"}
     if supervisor is None:
-        managed = states & {"up", "no NIC"}
-        state = "down" if states == {"down"} else "unsupervised" if managed else "abandoned"
+        state = "down" if states == {"down"} else "unsupervised" if daemons else "abandoned"
     else:
         state = "up" if states == {"up"} else "degraded"
     return {

@@ -21,6 +21,7 @@ class Power:
     on: bool = True
     boot: int = 1  # how often it was started: what it said in an earlier life is not heard in this one
     last_serial: int = 0  # of an endpoint in earlier lives: none is used again
+    restart: bool = False  # off for a moment: whoever supervises starts it anew
 
 
 def _path(place: ClusterPaths, node: int) -> Path:

@@ -9,6 +9,7 @@ is found by the environment that it inherits (VMMC_SOCKET) and by its parents.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ import select
 import signal
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,20 @@ def boot_id() -> str:
 
 
 def open_pidfd(process: Process) -> int | None:
-    """A descriptor of exactly this process, or None: it is gone."""
+    """A descriptor of exactly this process, or None: it is gone.  OSError: there is none to be had."""
     try:
         descriptor = os.pidfd_open(process.pid)
-    except (ProcessLookupError, OSError):
-        return None
-    if process.is_alive():  # looked at after opening: the number cannot have changed hands since
-        return descriptor
-    os.close(descriptor)
-    return None
+    except OSError as error:
+        if error.errno in {errno.ESRCH, errno.EINVAL}:
+            return None
+        raise
+    alive = False
+    try:
+        alive = process.is_alive()  # looked at after opening: the number cannot have changed hands since
+    finally:
+        if not alive:
+            os.close(descriptor)
+    return descriptor if alive else None
 
 
 # ---- records ----
@@ -264,38 +270,61 @@ def restarts(paths: ClusterPaths, what: str) -> dict[str, Any]:
 
 def end(processes: Iterable[Process], grace_s: float = GRACE_S) -> list[Process]:
     """Asks processes to end (SIGTERM), forces what is left after a grace (SIGKILL) and returns that."""
-    waiting: dict[int, Process] = {}
-    for process in processes:
-        if process.pid != os.getpid() and (descriptor := open_pidfd(process)) is not None:
-            waiting[descriptor] = process
-    poll = select.poll()
-    for descriptor in waiting:
-        poll.register(descriptor, select.POLLIN)
-        _send(descriptor, signal.SIGTERM)
-        _send(descriptor, signal.SIGCONT)  # one that is stopped could not hear it
-    _wait_for_exits(poll, waiting, grace_s)
-    forced = list(waiting.values())
-    for descriptor in waiting:
-        _send(descriptor, signal.SIGKILL)
-    _wait_for_exits(poll, waiting, 10.0)
-    for descriptor in waiting:  # in uninterruptible sleep, perhaps: nothing more can be done from here
-        os.close(descriptor)
+    forced: list[Process] = []
+    for waiting in _held(processes):
+        poll = select.poll()
+        for descriptor in waiting:
+            poll.register(descriptor, select.POLLIN)
+            _send(descriptor, signal.SIGTERM)
+            _send(descriptor, signal.SIGCONT)  # one that is stopped could not hear it
+        _wait_for_exits(poll, waiting, grace_s)
+        forced += waiting.values()
+        for descriptor in waiting:
+            _send(descriptor, signal.SIGKILL)
+        _wait_for_exits(poll, waiting, 10.0)
     return forced
 
 
 def kill(processes: Iterable[Process]) -> None:
     """Ends processes by SIGKILL, as a loss of power does, and returns when they are gone."""
-    waiting: dict[int, Process] = {}
-    for process in processes:
-        if process.pid != os.getpid() and (descriptor := open_pidfd(process)) is not None:
-            waiting[descriptor] = process
+    for waiting in _held(processes):
+        poll = select.poll()
+        for descriptor in waiting:
             _send(descriptor, signal.SIGKILL)
-    poll = select.poll()
-    for descriptor in waiting:
-        poll.register(descriptor, select.POLLIN)
-    _wait_for_exits(poll, waiting, 10.0)
+            poll.register(descriptor, select.POLLIN)
+        _wait_for_exits(poll, waiting, 10.0)
+
+
+def _held(processes: Iterable[Process]) -> Iterator[dict[int, Process]]:
+    """Those of them that live, but not this one, by a descriptor each: at once, or as many as there may be.
+
+    What is left in the dictionary is in uninterruptible sleep, perhaps: nothing more can be done from here.
+    """
+    waiting: dict[int, Process] = {}
+    try:
+        for process in processes:
+            if process.pid == os.getpid():
+                continue
+            try:
+                descriptor = open_pidfd(process)
+            except OSError:
+                if not waiting:
+                    raise
+                yield waiting
+                _close(waiting)
+                descriptor = open_pidfd(process)
+            if descriptor is not None:
+                waiting[descriptor] = process
+        if waiting:
+            yield waiting
+    finally:
+        _close(waiting)
+
+
+def _close(waiting: dict[int, Process]) -> None:
     for descriptor in waiting:
         os.close(descriptor)
+    waiting.clear()
 
 
 def _send(descriptor: int, number: signal.Signals) -> None:

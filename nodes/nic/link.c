@@ -21,6 +21,18 @@ enum {
 
 uint32_t link_node(const struct link *link) { return link->node; }
 
+/* Tells the supervisor of a node that is on, and whose door somebody removed or cut.  errno stays. */
+static void report_missing_door(uint32_t node) {
+  int error = errno;
+  const struct vmmc_pub *pub = error == ENOENT || error == EPROTO ? segment_map(node, "pub", sizeof *pub, false, NULL) : NULL;
+  if (pub && pub->magic == VMMC_MAGIC && pub->boot > nic.lost[node]) {
+    log_event("error", "shared memory of node%u was removed or truncated (door)", node);
+    control_say(VMMC_CONTROL_DAMAGED, 0, pub->boot, (int32_t)node);
+  }
+  if (pub) munmap((void *)pub, sizeof *pub);
+  errno = error;
+}
+
 struct link *link_to(uint32_t node) {
   if (node >= nic.nodes) {
     errno = EHOSTUNREACH;
@@ -33,6 +45,7 @@ struct link *link_to(uint32_t node) {
   snprintf(what, sizeof what, "link.node%u", node);
   link->node = node;
   link->door = segment_map(node, "door", sizeof *link->door, true, NULL);
+  if (!link->door) report_missing_door(node);
   link->pub = link->door ? segment_map(node, "pub", sizeof *link->pub, false, NULL) : NULL;
   /* Its NIC has yet to begin, or has yet to end: the node lost its power, as we have been told already. */
   if (link->pub && (link->pub->magic != VMMC_MAGIC || link->pub->boot <= nic.lost[node])) {

@@ -823,3 +823,54 @@ def test_a_full_disk_stops_nobody(cli: Cli, with_own_mounts: list[str]) -> None:
     )  # fmt: skip
     assert done.stdout.count("returncode=0, stdout=\"b'x'\\n\", stderr=''") == 3, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == f"Cluster '{cli.cluster}' is down."
+
+
+def asked(cli: Cli, **message: object) -> socket.socket:
+    """A request to the supervisor, whose answer somebody else waits for."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(20)
+    connection.connect(str(Path(json.loads(cli.ok("status", "--json"))["runtime"]) / "control.sock"))
+    connection.send(json.dumps(message).encode())
+    return connection
+
+
+def test_a_node_that_is_killed_while_it_starts(cli: Cli) -> None:
+    """Who asked for its start is told."""
+    cli.ok("up", "--nodes", 2)
+    cli.ok("node", "kill", 1)
+    supervisor = json.loads(cli.ok("status", "--json"))["supervisor_pid"]
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        start, kill = (asked(cli, what=what, node=1) for what in ("start", "kill"))
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    with start, kill:
+        answers = [json.loads(each.recv(4096)) for each in (start, kill)]
+    assert answers[0].get("message") == "node1 was killed before it was up"
+    assert answers[1] == {"node": 1}
+    cli.ok("node", "start", 1)
+    cli.ok("run", "--node", 1, "--", "true")
+
+
+def test_a_successor_that_was_planned_is_not_a_second_daemon(cli: Cli) -> None:
+    """Daemons that die young get successors late: a node that began another life meanwhile has one."""
+    cli.ok("up", "--nodes", 2)
+    logs = Path(json.loads(cli.ok("status", "--json"))["runtime"]) / "log" / "supervisor.log"
+    planned = re.compile(r"a successor starts in ([0-9.]+) s")
+    late = 0.0
+    while late < 0.5:
+        known = json.loads(cli.ok("status", "--json"))["nodes"][1]["daemon_pid"]
+        if known:
+            os.kill(known, signal.SIGKILL)
+            until(lambda known=known: f"daemon {known} was" in logs.read_text())
+        delays = planned.findall(logs.read_text())
+        late = float(delays[-1]) if delays else 0.0
+    cli.ok("node", "kill", 1)
+    cli.ok("node", "start", 1)
+    supervisor = psutil.Process(json.loads(cli.ok("status", "--json"))["supervisor_pid"])
+    deadline = time.monotonic() + late + 0.5  # what was planned would have come by then
+    while time.monotonic() < deadline:
+        daemons = [each for each in supervisor.children() if each.name() == "node1 daemon"]
+        assert len(daemons) == 1
+        time.sleep(0.05)
+    cli.ok("run", "--node", 1, "--", "true")

@@ -329,6 +329,23 @@ def test_up_where_only_nics_are_left(cli: Cli) -> None:
     assert json.loads(cli.ok("status", "--json"))["state"] == "up"
 
 
+def test_status_when_all_nodes_are_off_and_nobody_supervises(cli: Cli) -> None:
+    cli.ok("up", "--nodes", 2)
+    cli.ok("node", "kill", "0,1")
+    kill_at_once({json.loads(cli.ok("status", "--json"))["supervisor_pid"]})
+    assert json.loads(cli.ok("status", "--json"))["state"] == "abandoned"
+    cli.ok("up", "--nodes", 2)
+
+
+def test_down_with_few_descriptors(cli: Cli) -> None:
+    """Fewer than there are processes to end."""
+    cli.ok("up", "--nodes", 24)
+    found = pids(cli)
+    kill_at_once(found - {node["nic_pid"] for node in json.loads(cli.ok("status", "--json"))["nodes"]})
+    cli.ok("down", prefix=("prlimit", "--nofile=20"))
+    wait_gone(found)
+
+
 def test_a_lock_that_somebody_removed(cli: Cli, segments: Segments) -> None:
     cli.ok("up", "--nodes", 1)
     lock_path(cli.cluster).unlink()

@@ -152,6 +152,22 @@ def test_a_node_whose_own_memory_goes(segment: str, how: str, killed: list[int])
         exchange(start(cluster.node(0), CLIENT), "again")
 
 
+@pytest.mark.parametrize("gone", [["door"], ["pub"], ["door", "pub", "state"]])
+def test_a_nodes_memory_that_is_removed_while_its_nic_runs(gone: list[str]) -> None:
+    """Who has it mapped goes on; who looks for it next, a NIC or a new program, finds out."""
+    with Cluster(nodes=2, name=f"removed-{secrets.token_hex(4)}") as cluster:
+        for segment in gone:
+            (paths.SHM / names.segment_name(cluster.name, 1, segment).removeprefix("/")).unlink()
+        looks = cluster.node(0 if gone == ["door"] else 1)
+        look = "import socket\ntry: socket.create_connection(('node1', 9))\nexcept OSError: pass\n"
+        looks.run([sys.executable, "-c", look], capture_output=True, timeout=TIMEOUT_S, check=False)
+        until(lambda: "is started, for the 2. time" in cluster.logs(), cluster.logs)
+        until(lambda: cluster.status()["nodes"][1]["state"] == "up", cluster.logs)
+        server = start(cluster.node(1), SERVER)
+        assert server.stdout and server.stdout.readline() == "ready\n"
+        exchange(start(cluster.node(0), CLIENT), "again")
+
+
 def recent(cluster: Cluster, node: int) -> list[dict[str, Any]]:
     """Why NICs of the node were replaced lately."""
     found: list[dict[str, Any]] = cluster.status()["nodes"][node]["restarts"]["nic"]["recent"]

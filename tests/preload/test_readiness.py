@@ -40,3 +40,28 @@ def test_whom_an_event_wakes(two_nodes: Cluster, program: Callable[..., str]) ->
     assert (kernel.returncode, kernel.stdout, kernel.stderr) == (0, "ok\n", "")
     node = two_nodes.node(0).run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (node.returncode, node.stdout, node.stderr) == (0, "ok\n", "")
+
+
+BY_TURNS = """
+import os, select, socket
+listener = socket.create_server(("", 0))
+clients = [socket.create_connection(("127.0.0.1", listener.getsockname()[1])) for _ in range(2)]
+select.select([listener], [], [])
+sets = []
+for _ in range(2):
+    kernel, both = os.eventfd(1), select.epoll()
+    both.register(listener, select.EPOLLIN)
+    both.register(kernel, select.EPOLLIN)
+    sets.append((both, kernel, {True: 0, False: 0}))
+for number in range(400):
+    both, kernel, seen = sets[number % 2]
+    ((fd, _),) = both.poll(1, 1)
+    seen[fd == kernel] += 1
+for _, _, seen in sets:
+    assert min(seen.values()) > 50, seen
+"""
+
+
+def test_small_room_is_shared_by_both_sides_of_each_set(two_nodes: Cluster) -> None:
+    """Of a set with one ready socket and one ready kernel descriptor, looked at in turn with another."""
+    two_nodes.node(0).run([sys.executable, "-c", BY_TURNS], timeout=60, check=True)

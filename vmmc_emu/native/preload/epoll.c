@@ -159,13 +159,12 @@ static bool has_kernel_part(const struct instance *set, int epoll_fd) {
 
 /* Events of both sides; `look`: ask the kernel even if our side has none. */
 static int collect(struct instance *set, int epoll_fd, struct epoll_event *events, int room, bool look) {
-  static _Atomic uint32_t turn;
   int count = 0;
   set_look(set);
   bool kernel = has_kernel_part(set, epoll_fd);
   /* Where the room is small neither side may keep the other out. */
   bool kernel_first = kernel && (look || atomic_load_explicit(&set->filled, memory_order_relaxed)) &&
-                      (atomic_fetch_add_explicit(&turn, 1, memory_order_relaxed) & 1);
+                      (atomic_fetch_add_explicit(&set->turn, 1, memory_order_relaxed) & 1);
   for (int side = 0; side < 2 && count < room; side++) {
     if (side == 1 && !count && !look && !kernel_first) break; /* nothing to return: the kernel is asked in its time */
     if ((side == 0) == kernel_first) {

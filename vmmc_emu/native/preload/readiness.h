@@ -43,6 +43,7 @@ struct instance {
   uint32_t numbers_size;
   _Atomic uint32_t members;        /* items in all */
   _Atomic int32_t kernel_members;  /* kernel descriptors that were added; closed ones may still count */
+  _Atomic uint32_t turn;           /* which side is asked first, by turns */
   _Atomic bool filled;             /* the last answer left no room: it may have hidden what the kernel has */
   uint32_t group;                  /* wake group; from the first member on */
   bool has_group;
