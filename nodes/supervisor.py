@@ -473,7 +473,13 @@ class Supervisor:
         if node is not by:  # whose daemon has written down why its NIC ended
             found = f"{by.name} found {how}"
             processes.note_restart(self._place, f"{node.name}.nic", node.store.nic_pid, found)
-        self._kill_node(node, restart=True)
+        try:
+            self._kill_node(node, restart=True)
+        except OSError as error:
+            log(ERROR, f"{node.name} cannot be ended: {error}; another try follows")
+            again = partial(self._restart, node) if node.off else partial(self._repair, by, index, boot)
+            self._loop.call_later(_DAEMON_BACKOFF_S[-1], again)
+            return
         self._restart(node)
 
     def _restart(self, node: Node) -> None:

@@ -852,6 +852,19 @@ def test_a_node_that_is_killed_while_it_starts(cli: Cli) -> None:
     cli.ok("run", "--node", 1, "--", "true")
 
 
+def test_a_supervisor_that_dies_while_it_starts_a_node_anew(cli: Cli) -> None:
+    """The node is off for a moment, as its record says: the next supervisor goes on."""
+    cli.ok("up", "--nodes", 2)
+    cluster = Cluster.running(cli.cluster)
+    supervisor = json.loads(cli.ok("status", "--json"))["supervisor_pid"]
+    os.kill(supervisor, signal.SIGSTOP)
+    power.write(cluster.place, 1, power.Power(on=False, boot=1, last_serial=0, restart=True))
+    os.kill(supervisor, signal.SIGKILL)
+    until(lambda: "node1 is started, for the 2. time" in cluster.logs(), cluster.logs)
+    until(lambda: json.loads(cli.ok("status", "--json"))["state"] == "up", cluster.logs)
+    cli.ok("run", "--node", 1, "--", "true")
+
+
 def test_a_successor_that_was_planned_is_not_a_second_daemon(cli: Cli) -> None:
     """Daemons that die young get successors late: a node that began another life meanwhile has one."""
     cli.ok("up", "--nodes", 2)
