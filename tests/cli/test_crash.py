@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -870,12 +871,16 @@ def test_a_successor_that_was_planned_is_not_a_second_daemon(cli: Cli) -> None:
     cli.ok("up", "--nodes", 2)
     logs = Path(json.loads(cli.ok("status", "--json"))["runtime"]) / "log" / "supervisor.log"
     planned = re.compile(r"a successor starts in ([0-9.]+) s")
+
+    def says(text: str) -> bool:
+        return text in logs.read_text()
+
     late = 0.0
     while late < 0.5:
         known = json.loads(cli.ok("status", "--json"))["nodes"][1]["daemon_pid"]
         if known:
             os.kill(known, signal.SIGKILL)
-            until(lambda known=known: f"daemon {known} was" in logs.read_text())
+            until(partial(says, f"daemon {known} was"))
         delays = planned.findall(logs.read_text())
         late = float(delays[-1]) if delays else 0.0
     cli.ok("node", "kill", 1)
