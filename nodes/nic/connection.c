@@ -539,12 +539,15 @@ static uint64_t wanted(struct endpoint *e, uint32_t slot) {
   return atomic_load_explicit(&app_slot(e, slot)->wanted, memory_order_relaxed);
 }
 
-/* In steps: most answers carry a few bytes' worth, and nobody waits for so little, unless the app says so. */
+/* In steps: most answers carry a few bytes' worth, and nobody waits for so little, unless the app says so.  What the
+ * peer was asked for is such a step, too: a writer that finds no room lacks at most what no question was about. */
 static void tell_acknowledged(struct endpoint *e, uint32_t slot) {
-  uint64_t acknowledged = connection_of(e, slot)->acknowledged;
+  uint64_t acknowledged = connection_of(e, slot)->acknowledged, asked = connection_of(e, slot)->asked_placed;
   struct vmmc_nic_slot *n = nic_slot(e, slot);
   uint64_t told = atomic_load_explicit(&n->acknowledged, memory_order_relaxed);
-  if (acknowledged < told + send_window(e, slot) / 4 && (acknowledged == told || wanted(e, slot) <= told)) return;
+  bool answers = told < asked && asked <= acknowledged;
+  if (acknowledged < told + send_window(e, slot) / 4 && !answers && (acknowledged == told || wanted(e, slot) <= told))
+    return;
   /* release pairs with the writer's acquire: the peer has what will be overwritten */
   atomic_store_explicit(&n->acknowledged, acknowledged, memory_order_release);
   wake_slot(e, slot, WAKE_WRITERS);

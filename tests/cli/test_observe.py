@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -162,7 +163,9 @@ def test_logs_follow(cli: Cli) -> None:
 
 
 def test_logs_follow_interrupted(up: Cli) -> None:
-    following = up.popen("logs", "--follow")
+    # Whoever starts the tests in the background may have it ignored.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    following = up.popen("logs", "--follow", preexec_fn=heard)
     following.stdout.readline()
     following.send_signal(signal.SIGINT)
     _, errors = following.communicate(timeout=20)
