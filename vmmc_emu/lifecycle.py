@@ -186,11 +186,7 @@ def already_up(place: ClusterPaths) -> str:
 
 def _supervisor_environment() -> dict[str, str]:
     """Ours, without what would make it a program on some node, and with the way to this package."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _PLACE
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in _PLACE}
     ours = str(paths.native_directory() / "libvmmc-preload.so")
     preload = [item for item in environment.pop("LD_PRELOAD", "").replace(":", " ").split() if item != ours]
     if preload:

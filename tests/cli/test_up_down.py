@@ -12,7 +12,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import termios
@@ -25,7 +24,7 @@ import psutil
 import pytest
 
 from vmmc_emu import Cluster, ClusterError
-from vmmc_emu.paths import known_clusters, lock_path, native_directory
+from vmmc_emu.paths import cluster_paths, known_clusters, lock_path, native_directory, take_lock
 
 Cli = Any  # conftest.Cli
 Another = Callable[..., Cli]
@@ -277,14 +276,14 @@ def test_up_on_a_wreck(cli: Cli) -> None:
 def test_up_waits_for_those_who_were_killed_to_let_go_of_the_name(cli: Cli) -> None:
     cli.ok("up", "--nodes", 1)
     kill_at_once(pids(cli))
-    lock = lock_path(cli.cluster)
+    held = take_lock(cluster_paths(cli.cluster))
+    assert held is not None
     libc = ctypes.CDLL(None)
     opened = libc.inotify_init()
-    with lock.open("r+b") as held:
-        fcntl.fcntl(held, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        assert libc.inotify_add_watch(opened, os.fsencode(lock), 0x20) >= 0  # IN_OPEN
-        starting = cli.popen("up", "--nodes", 1)
-        os.read(opened, 4096)  # it has looked, or is about to
+    assert libc.inotify_add_watch(opened, os.fsencode(lock_path(cli.cluster)), 0x20) >= 0  # IN_OPEN
+    starting = cli.popen("up", "--nodes", 1)
+    os.read(opened, 4096)  # it has looked, or is about to
+    os.close(held)
     os.close(opened)
     _, errors = starting.communicate(timeout=60)
     assert starting.returncode == 0, errors
@@ -293,9 +292,10 @@ def test_up_waits_for_those_who_were_killed_to_let_go_of_the_name(cli: Cli) -> N
 def test_up_where_somebody_else_has_the_name(cli: Cli) -> None:
     cli.ok("up", "--nodes", 1)
     kill_at_once(pids(cli))
-    with lock_path(cli.cluster).open("r+b") as held:
-        fcntl.fcntl(held, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-        refused = cli("up", "--nodes", 1)
+    held = take_lock(cluster_paths(cli.cluster))
+    assert held is not None
+    refused = cli("up", "--nodes", 1)
+    os.close(held)
     assert refused.returncode == 1
     assert "is already up" in refused.stderr
 

@@ -49,7 +49,7 @@ def test_a_file_is_what_stat_says_that_it_is(two_nodes: Cluster, tmp_path: Path)
 
 
 @pytest.mark.native
-def test_the_machines_file_stays_for_who_may_not_read_the_clusters(
+def test_the_machines_file_is_found_where_the_clusters_is_gone(
     two_nodes: Cluster, program: Callable[..., str]
 ) -> None:
     two_nodes.place.hosts.rename(two_nodes.place.hosts.with_suffix(".away"))

@@ -480,12 +480,13 @@ static FILE *fresh_stream(FILE *stream) {
   if (stream) descriptor_fresh(fileno(stream));
   return stream;
 }
-static const char *names_streamed(const char *path, const char *mode) {
+/* Who writes has the machine's file: see names_opened. */
+static const char *streamed(const char *path, const char *mode) {
   return mode[0] == 'r' && !strchr(mode, '+') ? names_file(path) : path;
 }
 INTERPOSE FILE *fopen(const char *path, const char *mode) {
-  return fresh_stream(REAL(fopen)(names_streamed(path, mode), mode));
+  return fresh_stream(REAL(fopen)(streamed(path, mode), mode));
 }
 INTERPOSE FILE *fopen64(const char *path, const char *mode) {
-  return fresh_stream(REAL(fopen64)(names_streamed(path, mode), mode));
+  return fresh_stream(REAL(fopen64)(streamed(path, mode), mode));
 }
