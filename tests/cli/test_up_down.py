@@ -32,14 +32,17 @@ Segments = Callable[[str], list[str]]
 
 
 def kill_at_once(processes: set[int]) -> None:
-    """None may bring another back before its own turn comes: they are stopped first."""
+    """None may bring another back before its own turn comes: they are stopped first.
+
+    Children before their parents: the kernel continues the stopped processes of a group that becomes orphaned.
+    """
     for pid in processes:
         os.kill(pid, signal.SIGSTOP)
     deadline = time.monotonic() + 20
     while any(psutil.Process(pid).status() != psutil.STATUS_STOPPED for pid in processes):
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    for pid in processes:
+    for pid in sorted(processes, key=lambda pid: len(psutil.Process(pid).parents()), reverse=True):
         os.kill(pid, signal.SIGKILL)
     wait_gone(processes)
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import accumulate, islice
 from random import Random
 
 import pytest
@@ -303,7 +304,10 @@ def test_nonsense_in_the_policy(reader: Reading, pattern: Pattern) -> None:
         assert r.counted("redirections_posted") == 0
 
 
-PERIOD = bytes(p * 13 & 127 for p in range(8191))  # interrupted_receive.c's
+def period() -> bytes:
+    """interrupted_receive.c's pattern."""
+    states = accumulate(range(262_139), lambda state, _: (state * 1664525 + 1013904223) % 2**32, initial=1)
+    return bytes(state >> 24 & 127 for state in islice(states, 1, None))
 
 
 @pytest.mark.native
@@ -321,7 +325,8 @@ def test_receives_that_end_in_every_way(
     path = program("interrupted_receive", f"-L{directory}", "-lvmmc", f"-Wl,-rpath,{directory}")
     random = Random(7)
     length = 2_000_000
-    sent = (PERIOD * (length // len(PERIOD) + 1))[:length]
+    repeated = period()
+    sent = (repeated * (length // len(repeated) + 1))[:length]
     node = cluster.node(0)
     redirects = memory == "heap" or bool(environment)
     assignments = [f"{name}={value}" for name, value in environment.items()]
