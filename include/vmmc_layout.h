@@ -42,6 +42,7 @@ enum {
   VMMC_SLOTS = 32768,          /* the NIC allocates [ACTIVE, SLOTS), for connections it accepts */
   VMMC_RING = 1024 * 1024,     /* bytes of a socket's transmit ring and of its default buffer */
   VMMC_FIRST_WINDOW = 4096,    /* bytes that a new connection's sender may send, and a long idle one's */
+  VMMC_REWIND = 16384,         /* bytes after which an empty ring begins anew, see "Rings" */
   VMMC_LEAST_WINDOW = 16384,   /* what the window becomes, at least, as soon as a sender has used it up */
   VMMC_COMMANDS = 256,         /* VMMC commands outstanding in one endpoint */
   VMMC_EXPORTS = 1024,         /* buffers that one endpoint may export at a time */
@@ -133,6 +134,7 @@ struct vmmc_app_slot {
   _Atomic uint64_t keepalive;                   /* SO_KEEPALIVE: VMMC_KEEPALIVE(…), 0: off */
   _Atomic uint64_t wanted;                      /* stream position up to which nic_slot.acknowledged is to be told
                                                    as soon as the peer has the bytes, not in steps */
+  _Atomic uint64_t ring_base;                   /* stream position at the ring's begin, see "Rings" */
 
   /* line 2: receive.  Writer: app. */
   _Alignas(VMMC_LINE) _Atomic uint64_t consumed; /* stream position up to which the app has read */
@@ -192,6 +194,7 @@ struct vmmc_nic_slot {
   _Alignas(VMMC_LINE) _Atomic uint64_t placed; /* stream position up to which bytes have arrived */
   _Atomic uint32_t status;
   _Atomic uint32_t wake_rx; /* changed when a reader's condition may have and asleep_rx was set */
+  _Atomic uint64_t ring_base; /* stream position at the default buffer's begin, see "Rings" */
 
   /* line 3: redirection.  Writer: NIC. */
   _Alignas(VMMC_LINE) _Atomic uint64_t claim; /* generation of the redirection it is copying into, or 0 */
@@ -234,6 +237,22 @@ struct vmmc_accept_entry {
  * The bytes that were redirected are one run, since bytes are placed in order: those before it went
  * to the default buffer (posted in the middle), those after it as well (the redirection was full).
  */
+
+/*
+ * Rings.  Byte p of a stream lies in its ring at (p - ring_base) mod VMMC_RING.  An empty ring begins anew after
+ * VMMC_REWIND bytes: its side moves ring_base up to the page of the next byte.  So whatever a connection moved in its
+ * life, as long as its ends keep up with each other it touches a few pages, which stay in the caches.
+ *
+ *   transmit ring:  the app moves ring_base when all of `written` is acknowledged, before it stores the next bytes and
+ *                   then `written` (release).  The NIC loads it after `written`; it cannot have moved once more, since
+ *                   what the NIC is about to transmit is not acknowledged.  Packets say where their bytes lie.
+ *   default buffer: the NIC moves ring_base when it finds `consumed` (acquire) at `placed`, before it stores the next
+ *                   bytes and then `placed` (release).  The app loads it after `placed`, when there is something to
+ *                   read, and so nothing that would let the NIC move it.  That of a listener never moves.
+ */
+static inline uint64_t vmmc_ring_offset(uint64_t position, uint64_t ring_base) {
+  return (position - ring_base) % VMMC_RING;
+}
 
 /*
  * Idle rings.  A connection that was idle for a while keeps no pages of its transmit ring: its NIC takes

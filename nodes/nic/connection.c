@@ -39,7 +39,8 @@ bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto) {
   upto = (upto + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
   if (upto > c->committed_from + VMMC_RING) upto = c->committed_from + VMMC_RING;
   while (c->committed_to < upto) { /* twice where the range goes around the ring's end */
-    uint64_t offset = c->committed_to % VMMC_RING, run = VMMC_RING - offset;
+    uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed);
+    uint64_t offset = vmmc_ring_offset(c->committed_to, base), run = VMMC_RING - offset;
     if (run > upto - c->committed_to) run = upto - c->committed_to;
     if (!segment_commit(e->nic_fd, VMMC_NIC_RINGS + (uint64_t)slot * VMMC_RING + offset, run)) return false;
     c->committed_to += run;
@@ -48,15 +49,42 @@ bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto) {
   return true;
 }
 
-/* The slot's next connection begins at position 0, and what is allocated there stays. */
-static void rewind_ring(struct connection *c) {
+static uint64_t committed(const struct connection *c) {
   uint64_t length = c->committed_to > c->committed_from ? c->committed_to - c->committed_from : 0;
-  if (length > VMMC_RING) length = VMMC_RING;
-  bool stays = c->committed_from % VMMC_RING == 0 || length == VMMC_RING;
+  return length < VMMC_RING ? length : VMMC_RING;
+}
+
+void connection_rewind(struct endpoint *e, uint32_t slot, uint64_t after) {
+  struct connection *c = connection_of(e, slot);
+  _Atomic uint64_t *base = &nic_slot(e, slot)->ring_base;
+  uint64_t now = atomic_load_explicit(base, memory_order_relaxed), length = committed(c);
+  if (c->placed - now < after || (c->committed_from != now && length < VMMC_RING)) return;
+  if (connection_half(e, slot).consumed != c->placed) return;
+  uint64_t next = c->placed / VMMC_PAGE * VMMC_PAGE;
+  /* In this order a successor finds no more than there is, before the base moves and after it: first what lies
+   * before `next`, then nothing.  Credit for [placed, told) stays good: as much is allocated. */
+  c->committed_to = next;
+  in_order();
+  c->committed_from = next;
+  in_order();
+  atomic_store_explicit(base, next, memory_order_relaxed); /* published by `placed` */
+  in_order();
+  c->committed_to = next + length;
+}
+
+/* The slot's next connection begins at position 0, and what is allocated there stays. */
+static void reset_ring(struct endpoint *e, uint32_t slot) {
+  struct connection *c = connection_of(e, slot);
+  _Atomic uint64_t *base = &nic_slot(e, slot)->ring_base;
+  uint64_t length = committed(c);
+  bool stays = length == VMMC_RING ||
+               vmmc_ring_offset(c->committed_from, atomic_load_explicit(base, memory_order_relaxed)) == 0;
   /* In this order a successor finds no more than there is, which is nothing when the end comes first. */
   c->committed_to = 0;
   in_order();
   c->committed_from = 0;
+  in_order();
+  atomic_store_explicit(base, 0, memory_order_relaxed); /* seen by the app with the connection's generation */
   in_order();
   if (stays) c->committed_to = length;
   /* What is allocated elsewhere in the ring is left to the next sweep that finds the connection idle. */
@@ -170,7 +198,7 @@ static uint32_t take_passive(struct endpoint *e) {
   struct own *own = e->own;
   uint32_t slot = own->free_passive ? own->free_passive - 1 : own->passive_end;
   if (slot >= VMMC_SLOTS || !commit_slot(e, slot)) return VMMC_SLOTS;
-  rewind_ring(connection_of(e, slot));
+  reset_ring(e, slot);
   if (!connection_commit(e, slot, VMMC_FIRST_WINDOW)) {
     if (!own->free_passive) { /* fresh: keep it for later */
       connection_of(e, slot)->next_free = 0;
@@ -540,13 +568,17 @@ static uint64_t wanted(struct endpoint *e, uint32_t slot) {
 }
 
 /* In steps: most answers carry a few bytes' worth, and nobody waits for so little, unless the app says so.  What the
- * peer was asked for is such a step, too: a writer that finds no room lacks at most what no question was about. */
+ * peer was asked for is such a step, too: a writer that finds no room lacks at most what no question was about; and
+ * so is what lets the ring begin anew. */
 static void tell_acknowledged(struct endpoint *e, uint32_t slot) {
-  uint64_t acknowledged = connection_of(e, slot)->acknowledged, asked = connection_of(e, slot)->asked_placed;
+  struct connection *c = connection_of(e, slot);
+  uint64_t acknowledged = c->acknowledged, asked = c->asked_placed;
   struct vmmc_nic_slot *n = nic_slot(e, slot);
   uint64_t told = atomic_load_explicit(&n->acknowledged, memory_order_relaxed);
   bool answers = told < asked && asked <= acknowledged;
-  if (acknowledged < told + send_window(e, slot) / 4 && !answers && (acknowledged == told || wanted(e, slot) <= told))
+  bool empty = acknowledged == c->transmitted && acknowledged - told >= VMMC_REWIND;
+  if (acknowledged < told + send_window(e, slot) / 4 && !answers && !empty &&
+      (acknowledged == told || wanted(e, slot) <= told))
     return;
   /* release pairs with the writer's acquire: the peer has what will be overwritten */
   atomic_store_explicit(&n->acknowledged, acknowledged, memory_order_release);
@@ -664,7 +696,7 @@ int connection_look(struct endpoint *e, uint32_t slot) {
       return work;
     }
     if (c->state == CONNECTION_NONE && generation != c->generation) {
-      rewind_ring(c);
+      reset_ring(e, slot);
       prepare(e, slot);
       enter(e, slot, generation, CONNECTION_IDLE);
       publish(e, slot, VMMC_IDLE);

@@ -47,7 +47,8 @@ void give_back_later(struct endpoint *e, uint32_t slot) {
 
 static void give_back_places(struct endpoint *e, uint32_t slot, uint64_t from, uint64_t to) {
   while (from < to) {
-    uint64_t offset = from % VMMC_RING, run = VMMC_RING - offset;
+    uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed);
+    uint64_t offset = vmmc_ring_offset(from, base), run = VMMC_RING - offset;
     if (run > to - from) run = to - from;
     /* What cannot be given back stays allocated; it costs memory, and nothing else. */
     madvise(default_buffer(e, slot) + offset, run, MADV_REMOVE);
@@ -149,6 +150,7 @@ static bool settle(struct endpoint *e, uint32_t slot, bool *quiet) {
     connection_enqueue(e, slot);
     return false;
   }
+  connection_rewind(e, slot, 0);
   give_back_unused(e, slot);
   *quiet = c->transmitted && c->acknowledged == c->transmitted;
   return true;

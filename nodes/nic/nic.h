@@ -240,6 +240,8 @@ struct half {
   uint32_t shut; /* VMMC_SHUT_*, VMMC_CLOSED, VMMC_ABORT */
 };
 struct half connection_half(struct endpoint *e, uint32_t slot);
+/* The default buffer begins anew when all in it is read, and at least `after` bytes came since it last did. */
+void connection_rewind(struct endpoint *e, uint32_t slot, uint64_t after);
 /* A listener's: up to which entries of its accept queue the app has taken them. */
 uint64_t connection_entries_taken(struct connection *c, const struct half *h);
 /* Stream position up to which bytes are read: consumed by the app, or at an address that it posted. */

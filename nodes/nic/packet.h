@@ -63,6 +63,7 @@ struct packet {
     struct { /* DATA, CREDIT, FIN, RECALL, RECALLED */
       uint64_t placed; /* bytes of the other side that have arrived */
       uint32_t recall; /* which RECALL */
+      uint32_t offset; /* DATA: where byte `position` lies in the sender's transmit ring */
     };
     struct { /* VMMC */
       uint64_t command;  /* index of the command */

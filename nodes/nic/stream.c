@@ -19,6 +19,9 @@ void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint6
   p->length = (uint32_t)length;
   p->limit = connection_credit(e, slot);
   p->placed = c->placed;
+  /* relaxed: loaded after `written`, which said that there is something to transmit */
+  uint64_t base = atomic_load_explicit(&app_slot(e, slot)->ring_base, memory_order_relaxed);
+  p->offset = (uint32_t)vmmc_ring_offset(c->transmitted, base);
   if (ask) p->flags = PACKET_WANT_PLACED;
   link_push(link);
   core_asked();
@@ -34,13 +37,15 @@ void stream_transmit(struct endpoint *e, uint32_t slot, struct link *link, uint6
 }
 
 /* Copies stream bytes [at, at + length) to `to`, or to the default buffer: from the sender's ring, or from
- * what was carried, which begins with byte `begin`. */
-static int copy_run(struct endpoint *e, uint32_t slot, const char *ring, const char *carried, uint64_t begin,
+ * what was carried of the packet. */
+static int copy_run(struct endpoint *e, uint32_t slot, const char *ring, const char *carried, const struct packet *p,
                     uint64_t at, uint64_t length, struct place to) {
+  uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed); /* our own */
   while (length) {
-    uint64_t offset = at % VMMC_RING, run = VMMC_RING - offset;
+    uint64_t from_offset = (p->offset + (at - p->position)) % VMMC_RING, offset = vmmc_ring_offset(at, base);
+    uint64_t run = VMMC_RING - (from_offset > offset ? from_offset : offset);
     if (run > length) run = length;
-    const char *from = carried ? carried + (at - begin) : ring + offset;
+    const char *from = carried ? carried + (at - p->position) : ring + from_offset;
     char *here = to.at ? to.at : default_buffer(e, slot) + offset;
     int error = to.program ? dma_copy_to_program(e->memory, here, from, run) : dma_copy(here, from, run);
     if (error) return error;
@@ -86,6 +91,7 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
     connection_abandon(e, slot, ECONNRESET);
     return;
   }
+  connection_rewind(e, slot, VMMC_REWIND);
   const char *ring = work->remote->app + VMMC_APP_RINGS + (uint64_t)c->far.slot * VMMC_RING;
   struct redirection r = redirection_of_slot(e, slot);
   uint64_t redirected = 0;
@@ -93,10 +99,10 @@ void stream_place(struct endpoint *e, uint32_t slot, const struct packet *p) {
   while (at < end && !error) {
     struct place to;
     uint64_t run = redirect_run(&r, at, end - at, &to);
-    error = copy_run(e, slot, ring, link_carried(), p->position, at, run, to);
+    error = copy_run(e, slot, ring, link_carried(), p, at, run, to);
     if (error && to.program) { /* not writable, or gone: as if it had not been posted */
       to = (struct place){ 0 };
-      error = copy_run(e, slot, ring, link_carried(), p->position, at, run, to);
+      error = copy_run(e, slot, ring, link_carried(), p, at, run, to);
     }
     if (error) break;
     at += run;

@@ -256,7 +256,7 @@ static bool gather(struct link *link, const struct packet *p, char *to) {
   int error;
   if (stream) {
     const char *ring = remote->app + VMMC_APP_RINGS + (uint64_t)p->from.slot * VMMC_RING;
-    uint64_t offset = p->position % VMMC_RING, first = VMMC_RING - offset;
+    uint64_t offset = p->offset % VMMC_RING, first = VMMC_RING - offset;
     if (first > p->length) first = p->length;
     error = dma_copy(to, ring + offset, first);
     if (!error) error = dma_copy(to + first, ring, p->length - first);

@@ -34,7 +34,7 @@ Segments = Callable[[str], list[str]]
 def kill_at_once(processes: set[int]) -> None:
     """None may bring another back before its own turn comes: they are stopped first.
 
-    Children before their parents: the kernel continues the stopped processes of a group that becomes orphaned.
+    Children before their parents: the kernel continues the stopped ones of a group that becomes orphaned.
     """
     for pid in processes:
         os.kill(pid, signal.SIGSTOP)

@@ -298,7 +298,7 @@ static void honest_reads(void) {
   uint64_t placed = nic_of(honest_nic, stream_slot)->placed;
   CHECK(placed <= honest_sent);
   for (; honest_read < placed; honest_read++)
-    if (honest_nic[VMMC_NIC_RINGS + stream_slot * (uint64_t)VMMC_RING + honest_read % VMMC_RING] != byte_at(honest_read))
+    if (honest_nic[VMMC_NIC_RINGS + stream_slot * (uint64_t)VMMC_RING + vmmc_ring_offset(honest_read, nic_of(honest_nic, stream_slot)->ring_base)] != byte_at(honest_read))
       fail("a byte of the honest stream is wrong");
   atomic_store(&app(honest, stream_slot)->consumed, honest_read);
   ring(honest, stream_slot);

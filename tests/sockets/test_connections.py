@@ -220,6 +220,33 @@ def test_many_at_once(two_nodes: Cluster, server: Server) -> None:
             client.kill()
 
 
+def converse(host: str, port: int, messages: int, length: int) -> int:
+    """Sends so many and gets each back; bytes of shared memory that the other node had more by then."""
+    segments = [path for path in Path("/dev/shm").iterdir() if f"{os.environ['CLUSTER']}.node0." in path.name]
+
+    def committed() -> int:
+        return sum(path.stat().st_blocks for path in segments) * 512
+
+    with socket.create_connection((host, port)) as connection:
+        before = committed()
+        for number in range(messages):
+            message = number.to_bytes(4, "little") * (length // 4)
+            connection.sendall(message)
+            got = connection.recv(length, socket.MSG_WAITALL)
+            assert got == message
+        return committed() - before
+
+
+@pytest.mark.parametrize("length", [100, 4096, 9000])
+def test_ends_that_keep_up_touch_few_pages(
+    two_nodes: Cluster, server: Server, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rings have a mebibyte each, and a conversation goes around them many times: in their first pages."""
+    monkeypatch.setenv("CLUSTER", two_nodes.name)
+    two_nodes.node(1).python(converse, "node0", PORT, 10, 4096)  # what an endpoint needs once
+    assert two_nodes.node(1).python(converse, "node0", PORT, 8_000_000 // length, length) < 400 << 10
+
+
 def churn(host: str, port: int, count: int) -> tuple[int, int]:
     """Opens and closes so many, one after the other; how many descriptors it has more, and resident bytes."""
 

@@ -79,7 +79,8 @@ static int commit_slot(struct endpoint *e, struct slots *slots, uint32_t slot) {
 static void keep_or_return_ring(struct endpoint *e, struct slots *slots, uint32_t slot) {
   struct slot_memory *memory = &slots->memory[slot];
   uint64_t length = memory->committed_to - memory->committed_from;
-  bool at_start = memory->committed_from % VMMC_RING == 0 || length == VMMC_RING;
+  uint64_t base = atomic_load_explicit(&app_slot(e, slot)->ring_base, memory_order_relaxed);
+  bool at_start = vmmc_ring_offset(memory->committed_from, base) == 0 || length == VMMC_RING;
   memory->committed_from = memory->committed_to = 0;
   if (!length) return;
   if ((!at_start || slots->spare_bytes + length > SPARE_RINGS_BYTES) &&
@@ -126,6 +127,7 @@ static void reap(struct endpoint *e, struct slots *slots) {
 static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint32_t generation) {
   struct vmmc_app_slot *a = app_slot(e, slot);
   atomic_store_explicit(&a->written, 0, memory_order_relaxed);
+  atomic_store_explicit(&a->ring_base, 0, memory_order_relaxed);
   atomic_store_explicit(&a->shut, 0, memory_order_relaxed);
   atomic_store_explicit(&a->sending, 0, memory_order_relaxed);
   atomic_store_explicit(&a->wanted, 0, memory_order_relaxed);

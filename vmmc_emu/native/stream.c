@@ -68,10 +68,10 @@ static size_t pieces_next(struct pieces *p, size_t most, char **at) {
 
 /* Copies between a ring and the program's memory: all, or false: a piece is not there, and what was copied does
  * not count. */
-static bool copy_to_ring(char *ring, uint64_t position, struct pieces *from, size_t length) {
+static bool copy_to_ring(char *ring, uint64_t base, uint64_t position, struct pieces *from, size_t length) {
   struct pieces before = *from;
   while (length) {
-    size_t offset = position % VMMC_RING, run = VMMC_RING - offset;
+    size_t offset = vmmc_ring_offset(position, base), run = VMMC_RING - offset;
     char *piece;
     run = pieces_next(from, length < run ? length : run, &piece);
     if (!fault_copy(ring + offset, piece, run)) {
@@ -84,10 +84,14 @@ static bool copy_to_ring(char *ring, uint64_t position, struct pieces *from, siz
   return true;
 }
 
-static bool copy_from_ring(const char *ring, uint64_t position, struct pieces *to, size_t length) {
+/* The default buffer's bytes from `position` on, which are placed and not consumed. */
+static bool copy_from_ring(const struct endpoint *e, uint32_t slot, uint64_t position, struct pieces *to, size_t length) {
+  const char *ring = default_buffer(e, slot);
+  /* relaxed: loaded after `placed`, with which the bytes were found */
+  uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed);
   struct pieces before = *to;
   while (length) {
-    size_t offset = position % VMMC_RING, run = VMMC_RING - offset;
+    size_t offset = vmmc_ring_offset(position, base), run = VMMC_RING - offset;
     char *piece;
     run = pieces_next(to, length < run ? length : run, &piece);
     if (!fault_copy(piece, ring + offset, run)) {
@@ -112,13 +116,17 @@ static void count(_Atomic uint64_t *counter, uint64_t n) {
 
 /* ---- send ---- */
 
+static uint64_t ring_base(const struct vsocket *s) {
+  return atomic_load_explicit(&app_slot(s->endpoint, s->slot)->ring_base, memory_order_relaxed);
+}
+
 static int commit_upto(struct vsocket *s, struct slot_memory *memory, uint64_t end) {
   char *ring = transmit_ring(s->endpoint, s->slot);
   int error = 0;
   end = (end + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
   if (end > memory->committed_from + VMMC_RING) end = memory->committed_from + VMMC_RING;
   while (!error && memory->committed_to < end) { /* twice where the range goes around the ring's end */
-    uint64_t offset = memory->committed_to % VMMC_RING, run = VMMC_RING - offset;
+    uint64_t offset = vmmc_ring_offset(memory->committed_to, ring_base(s)), run = VMMC_RING - offset;
     if (run > end - memory->committed_to) run = end - memory->committed_to;
     error = endpoint_commit(ring + offset, run, true);
     if (!error) memory->committed_to += run;
@@ -189,6 +197,24 @@ static void sending_end(struct vsocket *s) {
   atomic_store_explicit(&app_slot(s->endpoint, s->slot)->sending, 0, memory_order_release);
 }
 
+/* When nothing in the ring is wanted any more it begins anew: see "Rings" in vmmc_layout.h. */
+static void rewind_ring(struct vsocket *s) {
+  struct vmmc_app_slot *a = app_slot(s->endpoint, s->slot);
+  struct slot_memory *memory = slot_memory(s->endpoint, s->slot);
+  uint64_t base = ring_base(s), written = atomic_load_explicit(&a->written, memory_order_relaxed);
+  uint64_t committed = memory->committed_to - memory->committed_from;
+  if (written - base < VMMC_REWIND && committed) return;
+  /* What is allocated has to lie where the ring begins. */
+  if (committed && committed != VMMC_RING && memory->committed_from != base) return;
+  /* acquire: the peer has copied what will be overwritten */
+  if (atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->acknowledged, memory_order_acquire) != written) return;
+  base = written / VMMC_PAGE * VMMC_PAGE;
+  memory->committed_from = base;
+  memory->committed_to = base + committed;
+  /* relaxed: published by `written` */
+  atomic_store_explicit(&a->ring_base, base, memory_order_relaxed);
+}
+
 /* Why nothing can be sent now, as tcp_sendmsg finds it: an error, or -EAGAIN.  0: send.  What was sent before
  * it is told first: then the error is the next call's, and not taken. */
 static int send_obstacle(struct vsocket *s, size_t sent) {
@@ -223,11 +249,12 @@ static ssize_t send_some(struct vsocket *s, struct pieces *from, size_t length) 
   size_t left = length;
   int error = 0;
   sending_begin(s);
+  rewind_ring(s);
   while (left) {
     size_t piece = left < PUBLISH_CHUNK + PUBLISH_CHUNK / 2 ? left : PUBLISH_CHUNK;
     error = commit_ring(s, written + piece);
     /* As in the kernel, what lies before the bad address in the same chunk is not sent either. */
-    if (!error && !copy_to_ring(ring, written, from, piece)) error = -EFAULT;
+    if (!error && !copy_to_ring(ring, ring_base(s), written, from, piece)) error = -EFAULT;
     if (error) break;
     written += piece;
     left -= piece;
@@ -474,13 +501,12 @@ static void redirect_progress(struct redirected_receive *r) {
   if (end == at) return;
   r->has_some = true;
   redirect_told(r, at, end, &from, &to);
-  const char *ring = default_buffer(s->endpoint, s->slot);
   struct iovec head = { r->destination + (at - r->position), from - at };
   struct iovec tail = { r->destination + (to - r->position), end - to };
   /* The memory was there when it was posted: a program that unmaps it in the middle of its own receive loses what
    * would lie in it, as it loses what the NIC wrote there. */
-  (void)copy_from_ring(ring, at, &(struct pieces){ &head, 1, 0 }, head.iov_len);
-  (void)copy_from_ring(ring, to, &(struct pieces){ &tail, 1, 0 }, tail.iov_len);
+  (void)copy_from_ring(s->endpoint, s->slot, at, &(struct pieces){ &head, 1, 0 }, head.iov_len);
+  (void)copy_from_ring(s->endpoint, s->slot, to, &(struct pieces){ &tail, 1, 0 }, tail.iov_len);
   uint64_t copied = head.iov_len + tail.iov_len;
   consume(s, end - at);
   r->read = end - r->position;
@@ -618,7 +644,7 @@ static ssize_t receive_some(struct receive *r, uint64_t waiting) {
   while (done < length) {
     /* A chunk with a bad address in it stays in the buffer, as a packet does in the kernel. */
     size_t chunk = length - done < RECEIVE_CHUNK ? length - done : RECEIVE_CHUNK;
-    if (!copy_from_ring(default_buffer(s->endpoint, s->slot), consumed + done, &r->to, chunk)) break;
+    if (!copy_from_ring(s->endpoint, s->slot, consumed + done, &r->to, chunk)) break;
     COUNT_APP(s, bytes_copied, chunk);
     done += chunk;
   }
