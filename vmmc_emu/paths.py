@@ -231,10 +231,18 @@ def lock_is_held(paths: ClusterPaths) -> bool:
     try:
         if os.fstat(descriptor).st_uid != os.getuid():
             return False
-        found = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _WHOLE_FILE)
+        return lock_in_the_way(descriptor, fcntl.F_OFD_GETLK)[0]
     finally:
         os.close(descriptor)
-    return int(struct.unpack(_FLOCK, found)[0]) != fcntl.F_UNLCK
+
+
+def lock_in_the_way(descriptor: int, command: int) -> tuple[bool, int]:
+    """Whether somebody has the file locked, asked by F_GETLK or F_OFD_GETLK, and by whom.
+
+    The second is a process id, or -1 where the lock is an open file description's.
+    """
+    kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, command, _WHOLE_FILE))
+    return kind != fcntl.F_UNLCK, pid
 
 
 def known_clusters() -> list[ClusterPaths]:

@@ -15,7 +15,6 @@ import json
 import os
 import select
 import signal
-import struct
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vmmc_emu.names import segment_name
-from vmmc_emu.paths import SHM, ClusterPaths
+from vmmc_emu.paths import SHM, ClusterPaths, lock_in_the_way
 
 SUPERVISOR, DAEMON, NIC, PROGRAM = "supervisor", "daemon", "nic", "program"
 GRACE_S = 2.0  # between asking processes to end and forcing them
@@ -224,9 +223,6 @@ def lock_holders(path: Path) -> list[Process]:
     return found
 
 
-_FLOCK = "hhqqi4x"  # struct flock
-
-
 def nic_of(paths: ClusterPaths, node: int) -> Process | None:
     """The process that serves a node as its NIC, recorded or not: it holds a lock of the node's state."""
     name = SHM / segment_name(paths.cluster, node, "state").removeprefix("/")
@@ -235,11 +231,10 @@ def nic_of(paths: ClusterPaths, node: int) -> Process | None:
     except OSError:
         return None
     try:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+        locked, pid = lock_in_the_way(descriptor, fcntl.F_GETLK)
     finally:
         os.close(descriptor)
-    start = start_of(pid) if kind != fcntl.F_UNLCK and pid > 0 else None
+    start = start_of(pid) if locked and pid > 0 else None
     return None if start is None else Process(pid, start, NIC, node)
 
 
