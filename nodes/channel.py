@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -209,6 +210,13 @@ def opened(message: dict[str, Any], descriptors: list[int], most: int) -> dict[s
         return _message(os.pread(file, size, 0))
     finally:
         os.close(file)
+
+
+def has_hung_up(connection: socket.socket) -> bool:
+    """Whether the other end is closed: what it asked for before, nobody waits for."""
+    look = select.poll()
+    look.register(connection, select.POLLRDHUP)
+    return bool(look.poll(0))
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:

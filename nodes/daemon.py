@@ -18,6 +18,7 @@ import struct
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ _SO_PEERPIDFD = 77  # Linux 6.5; not yet in the socket module
 # Header and dirty bits of an endpoint's segments: promised to both sides at once, hence committed.
 _CONTROL_BYTES = 5 * 4096
 
-_NIC_YOUNG_S = 1.0  # a NIC that dies younger than this is not restarted at once
-_NIC_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_NIC_YOUNG_S = 1.0  # NICs that die younger than this, one after the other, are restarted ever later
+_NIC_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 _SEEK_FIRST_S, _SEEK_LAST_S = 0.02, 1.0  # between looks for the next supervisor: doubling
 
@@ -197,9 +198,10 @@ class Daemon:
         self._loop.unwatch(self._nic_pidfd)
         os.close(self._nic_pidfd)
         pid = self._store.nic_pid
-        damaged = False
+        damaged, killed = False, True
         try:
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            killed = code == -signal.SIGKILL
             damaged = code == self._protocol.EXIT_DAMAGED
             how = describe_exit(code)
             if damaged:
@@ -214,8 +216,8 @@ class Daemon:
         delay: float = 0
         if damaged:
             delay = _NIC_BACKOFF_S[-1]
-        elif self._nic_failures > 1 and not os.environ.get("VMMC_RESTART_AT_ONCE"):
-            delay = _NIC_BACKOFF_S[min(self._nic_failures - 1, len(_NIC_BACKOFF_S) - 1)]
+        elif not os.environ.get("VMMC_RESTART_AT_ONCE"):
+            delay = pause_before(self._nic_failures - (KILLS_SPARED if killed else 1), _NIC_BACKOFF_S)
         when = f"in {delay} s" if delay else "now"
         log(WARNING, f"{self._name} NIC {pid} {how}; a successor starts {when}")
         processes.note_restart(self._place, f"{self._name}.nic", pid, how)
@@ -642,6 +644,7 @@ class Daemon:
             self._tell_losses()
         else:
             self._tell_wires()
+            self._tell_supervisor(what="wired", number=received[0]["number"])
 
     def _seek_supervisor(self) -> None:
         """Joins the next supervisor.  The first daemon to notice that there is none starts it."""
@@ -745,6 +748,16 @@ def open_log(path: Path) -> int:
     except OSError as error:
         log(WARNING, f"{path.name} cannot be written: {error.strerror}")
         return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+# Whoever kills with SIGKILL tries what happens, and sees it at once; more than so many, one after the other,
+# are perhaps the kernel's doing, which wants memory.
+KILLS_SPARED = 10
+
+
+def pause_before(failures: int, pauses_s: Sequence[float]) -> float:
+    """Seconds until what has failed so often in a row is started again; 0 or less: no failure, and no pause."""
+    return pauses_s[min(failures, len(pauses_s)) - 1] if failures > 0 else 0.0
 
 
 def describe_exit(code: int) -> str:

@@ -35,7 +35,7 @@ from typing import Any
 
 from vmmc_emu.nodes import channel, files, journal
 from vmmc_emu.nodes.channel import Endpoint, Outbox, Store
-from vmmc_emu.nodes.daemon import become_daemon, describe_exit, open_log
+from vmmc_emu.nodes.daemon import KILLS_SPARED, become_daemon, describe_exit, open_log, pause_before
 from vmmc_emu.nodes.journal import ERROR, INFO, WARNING, log
 from vmmc_emu.nodes.messages import Protocol, become_subreaper, segment_sizes
 from vmmc_emu.nodes.title import set_title
@@ -49,6 +49,8 @@ from vmmc_emu.wires import Change, Wire
 _START_TIMEOUT_S = 60.0
 _DAEMON_YOUNG_S = 1.0
 _DAEMON_BACKOFF_S = (0.05, 0.2, 1.0, 5.0)
+
+_WIRED_S = 10.0  # in which daemons tell their NICs of a change of wires; else whoever asked for it hears of them
 
 _MESSAGE_MOST = 2000  # characters of an error: what a socket's message certainly has room for
 
@@ -77,6 +79,15 @@ class Node:
         return names.node_name(self.index)
 
 
+@dataclass
+class Wiring:
+    """A change of wires that is written down, and of which some daemons have yet to tell their NICs."""
+
+    connection: socket.socket  # of whoever asked for it
+    nodes: set[int]  # whose daemons those are
+    answer: dict[str, Any]
+
+
 class Supervisor:
     """One cluster's supervisor."""
 
@@ -90,6 +101,8 @@ class Supervisor:
         self._nodes = [Node(index) for index in range(nodes)]
         self._by_pid: dict[int, Node] = {}
         self._programs: dict[int, tuple[subprocess.Popen[bytes], int]] = {}  # detached: by pid, with the node
+        self._wirings: dict[int, Wiring] = {}  # by number: they are counted
+        self._wirings_begun = 0
         self._failure: str | None = None
         self._up = False
         self._began = time.monotonic()
@@ -281,6 +294,8 @@ class Supervisor:
     def _join(self, node: Node, connection: socket.socket) -> None:
         node.channel = connection
         node.outbox = Outbox(self._loop, connection, lambda: self._take_message(node))
+        if any(node.index in wiring.nodes for wiring in self._wirings.values()):
+            node.outbox.tell(what="wires", number=self._wirings_begun)
 
     def _part(self, node: Node) -> None:
         if node.outbox is not None:
@@ -317,6 +332,8 @@ class Supervisor:
                 self._loop.call_later(0, lambda: self._repair(node, message["node"], message["boot"]))
             case "nic":
                 node.store.nic_pid = message["pid"]
+            case "wired":
+                self._wired(node, message["number"])
             case "endpoint":
                 serial = message["serial"]
                 node.store.last_serial = max(serial, node.store.last_serial)
@@ -340,7 +357,7 @@ class Supervisor:
             os.close(descriptor)
         return True
 
-    def _daemon_ended(self, node: Node, how: str) -> None:
+    def _daemon_ended(self, node: Node, how: str, *, killed: bool) -> None:
         while self._hear_daemon(node):  # its last words count: the successor starts from them
             pass
         self._part(node)
@@ -355,9 +372,7 @@ class Supervisor:
             return
         young = time.monotonic() - node.started < _DAEMON_YOUNG_S
         node.failures = node.failures + 1 if young else 0
-        delay = (
-            _DAEMON_BACKOFF_S[min(node.failures - 1, len(_DAEMON_BACKOFF_S) - 1)] if node.failures else 0.0
-        )
+        delay = pause_before(node.failures - (KILLS_SPARED if killed else 0), _DAEMON_BACKOFF_S)
         log(
             WARNING,
             f"{node.name} daemon {node.daemon_pid} {how};"
@@ -385,7 +400,7 @@ class Supervisor:
             self._loop.unwatch(pidfd)
             os.close(pidfd)
             if node.daemon_pid == pid:
-                self._daemon_ended(node, "was killed")
+                self._daemon_ended(node, "was killed", killed=True)
 
         self._loop.watch(pidfd, ended)
 
@@ -412,7 +427,7 @@ class Supervisor:
         self._join(node, connection)
         log(INFO, f"{node.name} daemon {pid} has joined")
         if node.outbox is not None:  # what was changed while it had nobody to tell it
-            node.outbox.tell(what="wires")
+            node.outbox.tell(what="wires", number=self._wirings_begun)
             node.outbox.tell(what="power")
 
     # ---- power ----
@@ -461,6 +476,7 @@ class Supervisor:
             processes.forget(self._place, kind, node.index, 0)
         node.ready = False
         node.failures = 0
+        self._wired(node, self._wirings_begun)  # its next daemon reads of them
         log(WARNING, f"{node.name} has lost its power")
 
     def _repair(self, by: Node, index: int, boot: int) -> None:
@@ -542,7 +558,8 @@ class Supervisor:
             _, status = os.waitpid(pid, 0)
             node = self._by_pid.pop(pid, None)
             if node and node.daemon_pid == pid:  # else the node lost its power, and is on again
-                self._daemon_ended(node, describe_exit(os.waitstatus_to_exitcode(status)))
+                code = os.waitstatus_to_exitcode(status)
+                self._daemon_ended(node, describe_exit(code), killed=code == -signal.SIGKILL)
 
     # ---- requests ----
 
@@ -598,14 +615,19 @@ class Supervisor:
     def _drop_control(self, connection: socket.socket) -> None:
         for node in self._nodes:
             node.waiting = [each for each in node.waiting if each is not connection]
+        for number, wiring in list(self._wirings.items()):
+            if wiring.connection is connection:
+                del self._wirings[number]
         self._loop.unwatch(connection.fileno())
         connection.close()
 
     def _answer(
         self, connection: socket.socket, message: dict[str, Any], descriptors: list[int]
     ) -> dict[str, Any] | None:
+        if message.get("what") != "daemon" and channel.has_hung_up(connection):
+            return {}  # asked and given up while this process was stopped, say: nobody counts on it
         if "wires" in message:
-            return self._change_wires([Change.from_json(each) for each in message["wires"]])
+            return self._change_wires(connection, [Change.from_json(each) for each in message["wires"]])
         node = self._node(message["node"])
         match message.get("what", "program"):
             case "daemon":
@@ -629,8 +651,11 @@ class Supervisor:
 
     # ---- wires ----
 
-    def _change_wires(self, changes: list[Change]) -> dict[str, Any]:
-        """Checks, records and passes on; nothing is changed when one of the changes cannot be."""
+    def _change_wires(self, connection: socket.socket, changes: list[Change]) -> dict[str, Any] | None:
+        """Checks, records and passes on; nothing is changed when one of the changes cannot be.
+
+        Whoever asked is answered when the NICs have been told.
+        """
         changed: dict[int, dict[int, Wire]] = {}
         perfect = Wire()
         for change in changes:
@@ -644,11 +669,42 @@ class Supervisor:
                     after = checked[before] = Wire.checked(before, change.settings)
                 changed[receiver][sender] = after
         wires.write(self._place, changed)
-        for receiver in changed:
+        answer = {"wires": sum(len(leading) for leading in changed.values())}
+        concerned = {receiver for receiver in changed if not self._nodes[receiver].off}
+        if not concerned:
+            return answer
+        self._wirings_begun += 1
+        number = self._wirings_begun
+        self._wirings[number] = Wiring(connection, concerned, answer)
+        for receiver in concerned:
             outbox = self._nodes[receiver].outbox
-            if outbox is not None:  # without a daemon: the next one reads the file when it starts
-                outbox.tell(what="wires")
-        return {"wires": sum(len(leading) for leading in changed.values())}
+            if outbox is not None:  # without a daemon: the next one is told as soon as it joins
+                outbox.tell(what="wires", number=number)
+        self._loop.call_later(_WIRED_S, partial(self._not_wired, number))
+        return None
+
+    def _wired(self, node: Node, upto: int) -> None:
+        """Its NIC knows all changes up to that number."""
+        for number, wiring in list(self._wirings.items()):
+            if number <= upto:
+                wiring.nodes.discard(node.index)
+            if not wiring.nodes:
+                del self._wirings[number]
+                channel.send(wiring.connection, **wiring.answer)
+
+    def _not_wired(self, number: int) -> None:
+        wiring = self._wirings.pop(number, None)
+        if wiring is None:
+            return
+        late = [self._nodes[index] for index in sorted(wiring.nodes)]
+        why = (
+            "the change is written down, but has not come into force on"
+            f" {', '.join(node.name for node in late[:8])}{' and others' if len(late) > 8 else ''}"
+            f" in {_WIRED_S:.0f} s: the node has no daemon, or that is stopped; a daemon that goes on, or is"
+            " started, puts it into force"
+        )
+        log(WARNING, why)
+        channel.send(wiring.connection, errno=0, message=why)
 
     def _spawn(self, node: int, description: int, standard_input: int, output: int) -> dict[str, Any]:
         """Starts a program from its description: JSON in a file, as an environment may be large."""

@@ -269,14 +269,14 @@ def _ask_supervisor(place: ClusterPaths, data: bytes, descriptors: Sequence[int]
     deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(START_TIMEOUT_S)
+            connection.settimeout(SUPERVISOR_TIMEOUT_S)
             try:
                 connection.connect(os.fspath(place.control))
                 socket.send_fds(connection, [data], descriptors)
-                answer = connection.recv(65536)
+                answer = _await_answer(place, connection)
                 break
             except TimeoutError:
-                raise ClusterError(_no_supervisor(place)) from None
+                raise ClusterError(_is_stopped(place) or _no_supervisor(place)) from None
             except OSError:
                 # Nobody listens, or who did was killed before it had read the request: then the connection is
                 # reset.  After that it would end.
@@ -290,6 +290,27 @@ def _ask_supervisor(place: ClusterPaths, data: bytes, descriptors: Sequence[int]
         )
     result: dict[str, Any] = json.loads(answer)
     return result
+
+
+def _await_answer(place: ClusterPaths, connection: socket.socket) -> bytes:
+    """What the supervisor answers, which may take it long; but not one that is stopped."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            return connection.recv(65536)
+        except TimeoutError:
+            if _is_stopped(place) or time.monotonic() > deadline:
+                raise
+
+
+def _is_stopped(place: ClusterPaths) -> str | None:
+    for supervisor in processes.recorded(place, processes.SUPERVISOR):
+        if supervisor.is_stopped():
+            return (
+                f"the supervisor of cluster '{place.cluster}' is stopped and does not answer; nothing was"
+                f" done: `kill -CONT {supervisor.pid}` lets it go on"
+            )
+    return None
 
 
 def _no_supervisor(place: ClusterPaths) -> str:

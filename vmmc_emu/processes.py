@@ -42,6 +42,11 @@ class Process:
         """True while this very process runs (a zombie does not)."""
         return start_of(self.pid) == self.start
 
+    def is_stopped(self) -> bool:
+        """Whether a signal or a debugger has stopped it."""
+        fields = _stat(self.pid)
+        return fields is not None and fields[0] in b"Tt"
+
 
 def _stat(pid: int) -> list[bytes] | None:
     """Fields 3 onward of /proc/<pid>/stat (field 2, the name, may hold anything)."""

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import pytest
 from vmmc_emu.nodes import journal
 
 import vmmc_emu
-from vmmc_emu import Cluster, ClusterError, power, processes, wires
+from vmmc_emu import Cluster, ClusterError, lifecycle, power, processes, wires
 from vmmc_emu.paths import lock_path, native_file
 
 Cli = Any  # conftest.Cli
@@ -228,23 +229,26 @@ def test_wires_and_power_that_change_before_daemons_have_joined_the_successor(cl
     client = Client(cluster, 0, 1, 9215)
     daemons = [node["daemon_pid"] for node in cluster.status()["nodes"]]
 
-    def unheard(by: list[int], change: Callable[[], Any]) -> None:
+    def unheard(by: list[int], change: Callable[[], Any], written: Callable[[], bool]) -> None:
         supervisor = cluster.status()["supervisor_pid"]
         for node in by:  # another one starts the successor
             os.kill(daemons[node], signal.SIGSTOP)
         kill(supervisor)
-        change()
-        for node in by:
-            os.kill(daemons[node], signal.SIGCONT)
+        with ThreadPoolExecutor() as pool:
+            changed = pool.submit(change)
+            until(written)
+            for node in by:
+                os.kill(daemons[node], signal.SIGCONT)
+            changed.result(timeout=20)
 
-    unheard([0, 1], cluster.link(0, 1).down)
+    unheard([0, 1], cluster.link(0, 1).down, lambda: len(wires.present(cluster.place)) == 2)
     client.write("held")
     until(lambda: cluster.link(0, 1).counters()[0, 1]["wire_dropped"], cluster.logs)
     until(lambda: cluster.logs().count("has joined") == 3, cluster.logs)
-    unheard([0, 1], cluster.link(0, 1).up)
+    unheard([0, 1], cluster.link(0, 1).up, lambda: not wires.present(cluster.place))
     assert client.read() == "held"
     until(lambda: cluster.logs().count("has joined") == 6, cluster.logs)
-    unheard([0], cluster.node(1).kill)
+    unheard([0], cluster.node(1).kill, lambda: not power.read(cluster.place, 1).on)
     until(lambda: "ESTAB" not in [each.state for each in cluster.node(0).sockets()], cluster.logs)
     assert client.exchange("gone") == str(errno.ETIMEDOUT)
     with pytest.raises(ChildProcessError):
@@ -658,6 +662,41 @@ def test_a_stopped_supervisor_holds_up_nobody(cluster: Cluster) -> None:
     for each in attached:
         each.detach()
     until(lambda: not [s for s in cluster.place.segments() if ".ep" in s], cluster.logs)
+
+
+def test_a_stopped_supervisor_is_named_and_does_not_do_later_what_was_given_up(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "SUPERVISOR_TIMEOUT_S", 0.2)
+    supervisor = cluster.status()["supervisor_pid"]
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        until(lambda: psutil.Process(supervisor).status() == psutil.STATUS_STOPPED)
+        with pytest.raises(ClusterError, match=rf"is stopped .* `kill -CONT {supervisor}`"):
+            cluster.link(0, 1).set(loss=0.5)
+        with pytest.raises(ClusterError, match="nothing was done"):
+            cluster.node(2).kill()
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    monkeypatch.undo()
+    cluster.link(1, 2).set(one_way=True, loss=0.25)  # it has come to the others before
+    assert {pair: wire.loss for pair, wire in wires.present(cluster.place).items()} == {(1, 2): 0.25}
+    assert [node["state"] for node in cluster.status()["nodes"]] == ["up", "up", "up"]
+
+
+def test_a_change_of_wires_is_done_when_the_nics_have_been_told(cluster: Cluster) -> None:
+    """It waits for a daemon that is stopped, and for the successor of one that is killed."""
+    daemon = cluster.status()["nodes"][1]["daemon_pid"]
+    with ThreadPoolExecutor() as pool:
+        os.kill(daemon, signal.SIGSTOP)
+        change = pool.submit(cluster.link(0, 1).set, one_way=True, loss=0.5)
+        until(lambda: wires.present(cluster.place))
+        cluster.link(0, 2).set(one_way=True, loss=0.5)
+        assert not change.done()  # though the supervisor came to it before
+        os.kill(daemon, signal.SIGKILL)
+        change.result(timeout=20)
+    assert cluster.status()["nodes"][1]["daemon_pid"] != daemon
+    assert "the wire from node0" in cluster.node(1).logs()
 
 
 def test_programs_that_no_supervisor_had_heard_of_when_their_daemon_died(

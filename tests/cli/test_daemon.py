@@ -195,13 +195,37 @@ def test_a_nic_that_is_killed_comes_back(cluster: Cluster) -> None:
     assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
 
 
-def test_a_nic_that_dies_again_and_again_is_not_restarted_in_a_storm(cluster: Cluster) -> None:
-    killed = set()
-    for _ in range(4):
-        pid = until(lambda: (now := cluster.status()["nodes"][0]["nic_pid"]) not in killed and now)
+@pytest.mark.parametrize(("what", "first"), [("nic", "0.1"), ("daemon", "0.05")])
+def test_who_is_killed_again_and_again_is_replaced_at_once_but_not_in_a_storm(
+    cluster: Cluster, what: str, first: str
+) -> None:
+    killed: set[int] = set()
+
+    def kill_the_next() -> None:
+        pid = until(lambda: (now := cluster.status()["nodes"][0][f"{what}_pid"]) not in killed and now)
         killed.add(pid)
         os.kill(pid, signal.SIGKILL)
-    until(lambda: "a successor starts in 0.1 s" in cluster.logs(), cluster.logs)
+        name = "NIC" if what == "nic" else what
+        until(lambda: f"{name} {pid} was ended by SIGKILL" in cluster.logs(), cluster.logs)
+
+    for _ in range(10):
+        kill_the_next()
+    assert "a successor starts in" not in cluster.logs()
+    while f"a successor starts in {first} s" not in cluster.logs():
+        assert len(killed) < 100
+        kill_the_next()
+    assert until(lambda: cluster.status()["nodes"][0]["state"] == "up")
+
+
+def test_a_nic_that_crashes_again_and_again_is_not_restarted_in_a_storm(cluster: Cluster) -> None:
+    killed: set[int] = set()
+    while "a successor starts in 0.1 s" not in cluster.logs():
+        assert len(killed) < 20
+        pid = until(lambda: (now := cluster.status()["nodes"][0]["nic_pid"]) not in killed and now)
+        killed.add(pid)
+        until(lambda: f"NIC {pid} is ready" in cluster.logs(), cluster.logs)
+        os.kill(pid, signal.SIGSEGV)
+        until(lambda: f"NIC {pid} was ended by SIGSEGV" in cluster.logs(), cluster.logs)
     assert until(lambda: cluster.status()["nodes"][0]["state"] == "up")
 
 
