@@ -756,7 +756,7 @@ KILLS_SPARED = 10
 
 
 def pause_before(failures: int, pauses_s: Sequence[float]) -> float:
-    """Seconds until what has failed so often in a row is started again; 0 or less: no failure, and no pause."""
+    """Seconds until what has failed so often in a row is started again; 0 or less is no failure."""
     return pauses_s[min(failures, len(pauses_s)) - 1] if failures > 0 else 0.0
 
 

@@ -50,7 +50,7 @@ _START_TIMEOUT_S = 60.0
 _DAEMON_YOUNG_S = 1.0
 _DAEMON_BACKOFF_S = (0.05, 0.2, 1.0, 5.0)
 
-_WIRED_S = 10.0  # in which daemons tell their NICs of a change of wires; else whoever asked for it hears of them
+_WIRED_S = 10.0  # in which daemons tell their NICs of a change of wires; who asked hears of the others
 
 _MESSAGE_MOST = 2000  # characters of an error: what a socket's message certainly has room for
 

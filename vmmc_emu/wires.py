@@ -8,8 +8,8 @@
 
 A change goes to the supervisor, which checks all of it before it does any of it, records it in the runtime
 directory (one file a node, of the wires that lead there), and pokes the daemons concerned; these tell their
-NICs, and tell each successor again.  It takes effect on live traffic within milliseconds, and whoever asked for
-it is answered when the NICs have been told.
+NICs, and tell each successor again.  It takes effect on live traffic within milliseconds, and whoever asked
+for it is answered when the NICs have been told.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class Change:
 def change(place: ClusterPaths, changes: Sequence[Change]) -> None:
     """Changes wires of a running cluster: all of it or, with ClusterError or OSError, none.
 
-    A ClusterError that says "written down" names nodes whose daemons are stopped or missing: it is in force on
-    the others, and will be on these.
+    A ClusterError that says "written down" names nodes whose daemons are stopped or missing: it is in force
+    on the others, and will be on these.
     """
     said = lifecycle.ask_supervisor(place, {"wires": [each.as_json() for each in changes]})
     if "errno" in said:
