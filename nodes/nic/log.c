@@ -3,7 +3,8 @@
  *
  * Of one kind of event, which is to say of one format, some lines are written in any ten seconds.  What
  * follows is counted, and the count is written when the time is over (an alarm sees to that in a NIC that
- * sleeps), so that no storm of faults fills the disk.
+ * sleeps), with the newest line that it stands for: no storm of faults fills the disk, and the log's last
+ * word on something is true.
  */
 #include <signal.h>
 #include <stdarg.h>
@@ -12,18 +13,20 @@
 
 #include "nic.h"
 
-enum { MOST = 20, WINDOW_S = 10, KINDS = 32 };
+enum { MOST = 20, WINDOW_S = 10, KINDS = 32, LINE = 512, NEWEST = LINE - 128 /* with its count it is a line */ };
 
 static struct kind {
   const char *format;
   time_t began;
-  uint64_t count; /* in this window */
+  uint64_t count;      /* in this window */
+  const char *level;   /* of the newest line that was not written, */
+  char newest[NEWEST]; /* and what it says */
 } kinds[KINDS];
 
 static volatile sig_atomic_t due; /* a window has ended in which lines were not written */
 
 static void write_line(const char *level, const char *format, va_list arguments) {
-  char line[512];
+  char line[LINE];
   struct timespec t;
   struct tm tm;
   clock_gettime(CLOCK_REALTIME, &t);
@@ -61,9 +64,13 @@ static void on_alarm(int signal_number) {
 /* Ends a kind's window: says what was not written. */
 static void settle(struct kind *kind) {
   if (kind->count > MOST)
-    write_event("warning", "%llu more lines like this were suppressed: %s",
-                (unsigned long long)(kind->count - MOST), kind->format);
+    write_event(kind->level, "%llu more lines like this were suppressed, the newest: %.*s",
+                (unsigned long long)(kind->count - MOST), NEWEST, kind->newest);
   *kind = (struct kind){ 0 };
+}
+
+void log_end(void) {
+  for (struct kind *kind = kinds; kind < kinds + KINDS; kind++) settle(kind);
 }
 
 static time_t now_s(void) {
@@ -84,24 +91,26 @@ static struct kind *kind_of(const char *format, time_t now) {
   }
   if (found->format != format || now - found->began >= WINDOW_S) {
     if (found->format) settle(found);
-    *found = (struct kind){ format, now, 0 };
+    *found = (struct kind){ .format = format, .began = now };
   }
   return found;
 }
 
 void log_event(const char *level, const char *format, ...) {
   struct kind *kind = kind_of(format, now_s());
-  if (++kind->count > MOST) {
+  va_list arguments;
+  va_start(arguments, format);
+  if (++kind->count <= MOST) {
+    write_line(level, format, arguments);
+  } else {
+    kind->level = level;
+    vsnprintf(kind->newest, sizeof kind->newest, format, arguments);
     if (kind->count == MOST + 1) {
       struct sigaction action = { .sa_handler = on_alarm };
       sigaction(SIGALRM, &action, NULL);
       alarm(WINDOW_S);
     }
-    return;
   }
-  va_list arguments;
-  va_start(arguments, format);
-  write_line(level, format, arguments);
   va_end(arguments);
 }
 

@@ -113,11 +113,13 @@ static void take_over(void) {
 }
 
 void nic_end_for_memory(const char *what) {
+  log_end();
   log_event("error", "out of memory for %s: ending, for a successor to go on", what);
   exit(1);
 }
 
 void nic_end_damaged(const char *what) {
+  log_end();
   log_event("error", "shared memory of this node was removed or truncated (%s): it must be started anew", what);
   exit(VMMC_EXIT_DAMAGED);
 }
@@ -178,6 +180,7 @@ int main(int count, char **argument) {
       vmmc_idle_woken(&idle);
     }
   }
+  log_end();
   log_event("info", "ending");
   return 0;
 }

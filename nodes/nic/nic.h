@@ -159,6 +159,7 @@ __attribute__((noreturn)) void nic_end_damaged(const char *what);
 __attribute__((format(printf, 2, 3))) void log_event(const char *level, const char *format, ...);
 int log_work(void); /* duty: counts of what was suppressed */
 bool log_has_work(void);
+void log_end(void); /* says what was suppressed: nobody will later */
 
 /* ---- crash.c ---- */
 void crash_start(void);

@@ -24,7 +24,7 @@ import pytest
 from vmmc_emu.nodes import journal
 
 import vmmc_emu
-from vmmc_emu import Cluster, ClusterError, lifecycle, power, processes, wires
+from vmmc_emu import Cluster, ClusterError, lifecycle, observe, power, processes, wires
 from vmmc_emu.paths import lock_path, native_file
 
 Cli = Any  # conftest.Cli
@@ -807,6 +807,32 @@ def test_a_storm_in_a_nic_is_counted_and_not_written(cluster: Cluster) -> None:
     os.kill(nic, signal.SIGTERM)  # what it had to say it has said by then
     until(lambda: "nic node1: ending" in cluster.node(1).logs(), cluster.logs)
     assert 1 <= len([line for line in lines() if "suppressed" not in line]) <= 60
+
+
+def test_the_last_word_of_a_storm_in_a_nic_is_true(cluster: Cluster) -> None:
+    """What stands for lines that were not written has their level, and says what the newest of them said."""
+    with vmmc_emu.attach(1, cluster=cluster.name) as here, vmmc_emu.attach(0, cluster=cluster.name) as there:
+        here.export(here.alloc(4096), "page")
+        there.import_(1, "page", timeout_ms=5000)  # a link that counts what becomes of its wire
+
+        def storm(last: dict[str, Any]) -> None:
+            for settings in [*({"up": True, "delay_ns": number + 1} for number in range(30)), last]:
+                before = observe.link_counters(cluster.name, 0, 1)["wire_changes"]
+                wires.change(cluster.place, [wires.Change([0], [1], settings)])
+                until(lambda: observe.link_counters(cluster.name, 0, 1)["wire_changes"] > before)  # noqa: B023
+
+        def last_words() -> list[str]:
+            lines = [line for line in cluster.node(1).logs().splitlines() if "the wire from node" in line]
+            return [line for line in lines[-1:] if "suppressed" in line]
+
+        storm({"up": False})
+        said = until(last_words, cluster.logs)[0]  # when the time is over
+        assert re.search(r"Z info nic node1: \d+ more lines like this were suppressed, ", said), said
+        assert said.endswith(": the wire from node0 is cut"), said
+        storm({"up": True, "delay_ns": 0})
+        os.kill(cluster.status()["nodes"][1]["nic_pid"], signal.SIGTERM)
+        said = until(lambda: [line for line in last_words() if "perfect" in line], cluster.logs)[0]
+        assert said.endswith(": the wire from node0 is perfect"), said
 
 
 def test_suppressed_lines_are_counted(capfd: pytest.CaptureFixture[str]) -> None:
