@@ -617,6 +617,20 @@ void links_lost_meanwhile(void) {
   }
 }
 
+static const char *type_name(uint32_t type) {
+  static const char *const name[] = {
+    [PACKET_CONNECT] = "CONNECT",   [PACKET_ACCEPTED] = "ACCEPTED", [PACKET_REFUSED] = "REFUSED",
+    [PACKET_BUSY] = "BUSY",         [PACKET_RETRY] = "RETRY",       [PACKET_DATA] = "DATA",
+    [PACKET_CREDIT] = "CREDIT",     [PACKET_FIN] = "FIN",           [PACKET_CLOSE] = "CLOSE",
+    [PACKET_RESET] = "RESET",       [PACKET_CLOSED] = "CLOSED",     [PACKET_RECALL] = "RECALL",
+    [PACKET_RECALLED] = "RECALLED", [PACKET_IMPORT] = "IMPORT",     [PACKET_IMPORTED] = "IMPORTED",
+    [PACKET_SEND] = "SEND",         [PACKET_SENT] = "SENT",         [PACKET_FETCH] = "FETCH",
+    [PACKET_FETCHED] = "FETCHED",   [PACKET_GONE] = "GONE",         [PACKET_PROBE] = "PROBE",
+    [PACKET_GIVEN_UP] = "GIVEN_UP",
+  };
+  return type < sizeof name / sizeof *name && name[type] ? name[type] : "unknown";
+}
+
 void links_report(void) {
   enum { NEWEST = 8 };
   for (uint32_t node = 0; node < nic.nodes; node++) {
@@ -627,8 +641,8 @@ void links_report(void) {
     for (uint64_t i = link->taken > NEWEST ? link->taken - NEWEST : 0; i <= link->taken; i++) {
       const struct packet *p = &link->in->packet[i % LINK_PACKETS];
       if (p->sequence != i || p->type == PACKET_NONE) continue;
-      crash_line("  packet %llu: type %u, flags %u, from serial %u slot %u, to serial %u slot %u, position %llu, length %u",
-                 (unsigned long long)i, p->type, p->flags, p->from.serial, p->from.slot, p->to.serial, p->to.slot,
+      crash_line("  packet %llu: type %s, flags %u, from serial %u slot %u, to serial %u slot %u, position %llu, length %u",
+                 (unsigned long long)i, type_name(p->type), p->flags, p->from.serial, p->from.slot, p->to.serial, p->to.slot,
                  (unsigned long long)p->position, p->length);
     }
   }

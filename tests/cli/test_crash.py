@@ -579,8 +579,10 @@ def test_a_nic_that_crashes_says_where_and_at_what(cluster: Cluster, number: sig
     assert "error nic node0: " in log
     assert "backtrace" in log
     assert "vmmc-nic(main+" in log  # a frame, by name
-    assert "length 777" in log  # the newest command
-    assert re.search(r"  packet \d+: type", log)  # and packets
+    assert re.search(r"  command \d+: op SEND, .* length 777,", log)  # the newest command
+    assert re.search(r"  packet \d+: type SEND, .* length 777\n", log)  # and packets
+    untimed = re.compile(r"node0 nic \| (?!\d{4}-\d\d-\d\dT[0-9:.]+Z (info|warning|error) nic node0: )")
+    assert [line for line in log.splitlines() if untimed.match(line)] == []
     assert f"NIC {nic} was ended by {number.name}" in log
     restarts = cluster.status()["nodes"][0]["restarts"]["nic"]
     assert restarts["count"] == 1
