@@ -7,6 +7,7 @@ naming the runtime directory, so that a cluster is found from a shell with anoth
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -140,6 +141,15 @@ def make_private_directory(path: Path) -> None:
         )
     if status.st_mode & 0o077:
         os.chmod(path, 0o700)
+
+
+def not_recorded(directory: Path, error: OSError, unchanged: str) -> OSError:
+    """The error for a person when a record could not be written: where, what is as it was, what to do."""
+    advice = {
+        errno.ENOSPC: "; free some space there and try again",
+        errno.EDQUOT: "; free some of your space there and try again",
+    }.get(error.errno or 0, "")
+    return OSError(error.errno, f"{directory}: {error.strerror}: {unchanged}{advice}")
 
 
 def cluster_paths(cluster: str) -> ClusterPaths:

@@ -11,6 +11,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vmmc_emu import paths
+from vmmc_emu.names import node_name
 from vmmc_emu.paths import ClusterPaths
 
 
@@ -37,14 +39,14 @@ def read(place: ClusterPaths, node: int) -> Power:
 
 
 def write(place: ClusterPaths, node: int, power: Power) -> None:
-    """Records it; OSError: there is no room."""
+    """Records it; OSError: there is no room, in words for a person."""
     path = _path(place, node)
     draft = path.with_suffix(".draft")
     try:
         draft.write_text(json.dumps(asdict(power)), encoding="utf-8")
-    except OSError:
+    except OSError as error:
         draft.unlink(missing_ok=True)
-        raise
+        raise paths.not_recorded(place.power, error, f"{node_name(node)} is as it was") from error
     draft.rename(path)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vmmc_emu import lifecycle
+from vmmc_emu import lifecycle, paths
 from vmmc_emu.errors import ClusterError
 from vmmc_emu.names import node_name
 from vmmc_emu.paths import ClusterPaths
@@ -198,10 +198,10 @@ def write(place: ClusterPaths, wires: Mapping[int, Mapping[int, Wire]]) -> None:
                     text = texts[wire] = json.dumps(_named(wire))
                 entries.append(f'"{sender}": {text}')
             draft.write_text("{" + ", ".join(entries) + "}", encoding="utf-8")
-    except OSError:
+    except OSError as error:
         for draft, _ in drafts:
             draft.unlink(missing_ok=True)
-        raise
+        raise paths.not_recorded(place.wires, error, "no link was changed") from error
     for draft, path in drafts:
         draft.rename(path)
 

@@ -893,6 +893,36 @@ def test_a_full_disk_stops_nobody(cli: Cli, with_own_mounts: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == f"Cluster '{cli.cluster}' is down."
 
 
+def test_what_finds_no_room_on_a_full_disk_says_where(cli: Cli, with_own_mounts: list[str]) -> None:
+    """And that nothing was changed, which is so."""
+    v = " ".join(cli.command())
+    changes = ("link set node0 node1 loss 1%", "partition 0 1", "node kill 1", "node start 2")
+    script = (
+        "mkdir $D && mount -t tmpfs -o size=1m,mode=700 tmpfs $D && export VMMC_RUNTIME_DIR=$D;"
+        f"{v} up --nodes 3 > /dev/null; {v} node kill 2; head -c 4m /dev/zero > $D/filler 2>/dev/null;"
+        + "".join(f"{v} {each}; echo status $?;" for each in changes)
+        + f"{v} link show; {v} status; rm $D/filler;"
+        + "".join(f"{v} {each} > /dev/null && echo done;" for each in changes)
+        + f"{v} down; umount $D; rmdir $D"
+    )
+    done = subprocess.run(
+        [*with_own_mounts, "sh", "-c", script], capture_output=True, text=True, timeout=90, check=False,
+        env={**os.environ, "D": f"/tmp/{cli.cluster}"},
+    )  # fmt: skip
+    at = f"Error: /tmp/{cli.cluster}/{cli.cluster}"
+    full, advice = "No space left on device", "free some space there and try again"
+    assert done.stderr.splitlines() == [
+        *[f"{at}/wires: {full}: no link was changed; {advice}"] * 2,
+        f"{at}/power: {full}: node1 is as it was; {advice}",
+        f"{at}/power: {full}: node2 is as it was; {advice}",
+    ]
+    assert done.stdout.count("status 1\n") == 4
+    assert "Every link is perfect" in done.stdout
+    states = re.findall(r"^node\d +\S+ +\S+ +(\w+) ", done.stdout, re.MULTILINE)
+    assert states == ["up", "up", "off"], done.stdout
+    assert done.stdout.count("done\n") == 4
+
+
 def asked(cli: Cli, **message: object) -> socket.socket:
     """A request to the supervisor, whose answer somebody else waits for."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
