@@ -281,7 +281,8 @@ def run(
     prepared = [
         programs.prepare(place, count, node, command, directory=chdir, diagnose=diagnose) for node in chosen
     ]
-    for line in programs.warnings(prepared[0]):
+    lost = programs.no_room_for_logs(place) if detach else None
+    for line in [*programs.warnings(prepared[0]), *([lost] if lost else [])]:
         click.echo(f"Warning: {line}", err=True)
     listeners = [(each, each.listen()) for each in publications]
     try:

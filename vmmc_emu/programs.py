@@ -349,6 +349,18 @@ def open_log(place: ClusterPaths, node: int, program: str) -> tuple[int, Path]:
     raise ClusterError(f"no name is left for a log of {program}")
 
 
+def no_room_for_logs(place: ClusterPaths) -> str | None:
+    """Says that output of detached programs would be lost now, for want of room; None: it would not."""
+    import tempfile  # noqa: PLC0415  only what is detached needs it
+
+    try:
+        with tempfile.TemporaryFile(dir=place.logs, buffering=0) as file:
+            file.write(bytes(resource.getpagesize()))
+    except OSError as error:
+        return f"{place.logs}: {error.strerror}: output is lost until some space is free there"
+    return None
+
+
 def detach(program: Program, standard_input: int | None = None, name: str | None = None) -> tuple[int, Path]:
     """Starts a program that outlives us, child of the cluster's supervisor; its pid and its log."""
     output, log = open_log(program.place, program.node, name or program.arguments[0])

@@ -900,8 +900,9 @@ def test_what_finds_no_room_on_a_full_disk_says_where(cli: Cli, with_own_mounts:
     script = (
         "mkdir $D && mount -t tmpfs -o size=1m,mode=700 tmpfs $D && export VMMC_RUNTIME_DIR=$D;"
         f"{v} up --nodes 3 > /dev/null; {v} node kill 2; head -c 4m /dev/zero > $D/filler 2>/dev/null;"
+        f"{v} run --node 0,1 --detach -- true;"
         + "".join(f"{v} {each}; echo status $?;" for each in changes)
-        + f"{v} link show; {v} status; rm $D/filler;"
+        + f"{v} link show; {v} status; rm $D/filler; {v} run --node 0 --detach -- true;"
         + "".join(f"{v} {each} > /dev/null && echo done;" for each in changes)
         + f"{v} down; umount $D; rmdir $D"
     )
@@ -909,9 +910,11 @@ def test_what_finds_no_room_on_a_full_disk_says_where(cli: Cli, with_own_mounts:
         [*with_own_mounts, "sh", "-c", script], capture_output=True, text=True, timeout=90, check=False,
         env={**os.environ, "D": f"/tmp/{cli.cluster}"},
     )  # fmt: skip
-    at = f"Error: /tmp/{cli.cluster}/{cli.cluster}"
+    runtime = f"/tmp/{cli.cluster}/{cli.cluster}"
+    at = f"Error: {runtime}"
     full, advice = "No space left on device", "free some space there and try again"
     assert done.stderr.splitlines() == [
+        f"Warning: {runtime}/log: {full}: output is lost until some space is free there",
         *[f"{at}/wires: {full}: no link was changed; {advice}"] * 2,
         f"{at}/power: {full}: node1 is as it was; {advice}",
         f"{at}/power: {full}: node2 is as it was; {advice}",
