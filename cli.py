@@ -206,6 +206,8 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
             f" `{_command(place.cluster)} up` starts it anew, `down` removes what is left."
         )
     show_lines(_node_table(found, with_state=True))
+    if lost := lifecycle.lost_nodes(place, found):
+        click.echo(_mending(place, lost, found))
     replaced = [("", "supervisor", found["supervisor_restarts"])] + [
         (node["name"], "NIC" if what == "nic" else what, node["restarts"][what])
         for node in found["nodes"]
@@ -220,6 +222,19 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
         click.echo()
         show_lines(table(["NODE", "REPLACED", "TIMES", "LAST", "WHY"], rows, right=(2,)))
 
+
+def _mending(place: paths.ClusterPaths, lost: list[int], found: dict[str, Any]) -> str:
+    """What it means that nodes have lost their daemons for good, and what can be done."""
+    with_nic = all(found["nodes"][node]["nic_pid"] for node in lost)
+    meaning = (
+        "what runs there goes on, and no other program can attach" if with_nic
+        else "no other program can attach, and one without a NIC has no network at all"
+    )  # fmt: skip
+    command, which = f"{_command(place.cluster)} node", ",".join(map(str, lost))
+    return (
+        f"{', '.join(map(names.node_name, lost))}: the daemon and the supervisor died together: {meaning};"
+        f" `{command} kill {which}` and then `{command} start {which}` mend it, and end what runs there."
+    )
 
 
 # ---- programs ----

@@ -477,3 +477,29 @@ def status(place: ClusterPaths) -> dict[str, Any]:
         "runtime": str(place.runtime),
         "nodes": nodes,
     }
+
+
+def lost_nodes(place: ClusterPaths, found: dict[str, Any]) -> list[int]:
+    """Nodes of a status that get no daemon any more: it and the supervisor died together.
+
+    Nobody holds such a node's socket; that of one whose daemon has a successor soon the supervisor has.
+    """
+    if found["supervisor_pid"] is None:
+        return []
+    return [
+        node
+        for node, entry in enumerate(found["nodes"])
+        if entry["daemon_pid"] is None and entry["state"] != "off" and not _is_held(place.socket(node))
+    ]
+
+
+def _is_held(path: Path) -> bool:
+    """Whether somebody has the socket of that path: asked by one of another type, they hear nothing."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError:  # EPROTOTYPE
+            return True
+    return True

@@ -66,7 +66,7 @@ _MEANINGS = {
     errno.EHOSTUNREACH: "the cluster has no such node, or it is off",
     errno.ECONNRESET: "the buffer was unexported, or the endpoint has ended",
     errno.ENETDOWN: "the NIC serves this program no more, or its node is gone: a line on stderr says why",
-    errno.ECONNREFUSED: "the node's daemon does not answer: is the cluster up? (vmmc-emu status)",
+    errno.ECONNREFUSED: "the node's daemon does not answer: is the cluster up? `vmmc-emu status` tells more",
     errno.ENOTCONN: "this program does not run on a node: name one, or start it with vmmc-emu run",
     errno.ENOBUFS: "the data is in place, but nobody takes the receiver's notifications: its ring is full",
     errno.ETIMEDOUT: "it lasted longer than timeout_ms",

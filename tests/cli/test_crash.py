@@ -222,6 +222,46 @@ def test_a_node_that_loses_daemon_and_supervisor_together(cluster: Cluster) -> N
     client.end()
 
 
+def test_status_says_how_a_node_without_a_daemon_is_mended(cli: Cli) -> None:
+    """What is said does so; and nothing is said of a node whose daemon has a successor soon."""
+
+    def status() -> dict[str, Any]:
+        return dict(json.loads(cli.ok("status", "--json")))
+
+    cli.ok("up", "--nodes", 3)
+    before = status()
+    supervisor = before["supervisor_pid"]
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        kill(before["nodes"][1]["daemon_pid"])
+        assert status()["nodes"][1]["state"] == "no daemon"
+        assert "died together" not in cli.ok("status")
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    until(lambda: "daemon takes over" in cli.ok("logs", "--node", 1))
+
+    together = [*(before["nodes"][node]["daemon_pid"] for node in (0, 2)), supervisor]
+    for pid in reversed(together):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in together:
+        kill(pid)
+    until(lambda: "has joined" in cli.ok("logs"))
+    hint = cli.ok("status").splitlines()[5]
+    assert hint.startswith("node0, node2: the daemon and the supervisor died together: what runs there goes")
+    connect = "import socket; socket.create_connection(('node1', 9))"
+    refused = cli("run", "--node", 0, "--", sys.executable, "-c", connect)
+    assert refused.returncode == 1
+    assert "Connection refused (is the cluster up, and has the node a daemon? `vmmc-emu status`" in (
+        refused.stderr
+    )
+    commands = re.findall(r"`vmmc-emu --cluster (\S+) ([^`]+)`", hint)
+    assert commands == [(cli.cluster, "node kill 0,2"), (cli.cluster, "node start 0,2")]
+    for _, command in commands:
+        cli.ok(*command.split())
+    assert "died together" not in cli.ok("status")
+    cli.ok("run", "--node", 0, "--", sys.executable, "-c", "import socket; socket.create_server(('', 9))")
+
+
 def test_wires_and_power_that_change_before_daemons_have_joined_the_successor(cluster: Cluster) -> None:
     """They are told when they join."""
     server = cluster.node(1).submit(echo, 9215)
@@ -821,7 +861,7 @@ def test_the_last_word_of_a_storm_in_a_nic_is_true(cluster: Cluster) -> None:
             for settings in [*({"up": True, "delay_ns": number + 1} for number in range(30)), last]:
                 before = observe.link_counters(cluster.name, 0, 1)["wire_changes"]
                 wires.change(cluster.place, [wires.Change([0], [1], settings)])
-                until(lambda: observe.link_counters(cluster.name, 0, 1)["wire_changes"] > before)  # noqa: B023
+                until(lambda: observe.link_counters(cluster.name, 0, 1)["wire_changes"] > before)
 
         def last_words() -> list[str]:
             lines = [line for line in cluster.node(1).logs().splitlines() if "the wire from node" in line]

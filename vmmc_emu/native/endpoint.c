@@ -377,8 +377,9 @@ static void explain(const char *path, int error) {
              (unsigned long long)needed / 1024,
              (unsigned long long)atomic_load_explicit(&free_bytes, memory_order_relaxed) / 1024);
   const char *advice = error == EACCES || error == EPERM ? " (a cluster serves the user who started it)"
-                       : error == ECONNREFUSED || error == ENOENT ? " (is the cluster up? vmmc-emu status)"
-                                                                   : "";
+                       : error == ECONNREFUSED || error == ENOENT
+                         ? " (is the cluster up, and has the node a daemon? `vmmc-emu status` tells more)"
+                         : "";
   int n = snprintf(line, sizeof line, "vmmc: %s cannot use sockets of %s: attaching at %.200s: %s%s%s\n",
                    program_invocation_short_name, node ? node : "its node", path, strerror(error), room, advice);
   if (n > (int)sizeof line - 1) n = sizeof line - 1;
