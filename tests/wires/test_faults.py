@@ -105,6 +105,18 @@ def stream(size: int, seed: int = 1, chunk: int = 1 << 20) -> dict[str, Any]:
 
 # ---- random schedules ----
 
+# Jitter is at most the delay: no packet takes longer for it than two milliseconds.
+DELAYS = st.sampled_from([(delay, jitter) for delay in (10 * US, MS) for jitter in (0, delay // 2, delay)])
+
+
+def with_delays(wire: Mapping[str, Any]) -> Settings:
+    """The delay and the jitter that were drawn together, as settings."""
+    found = dict(wire)
+    if "delays" in found:
+        found["delay_ns"], found["jitter_ns"] = found.pop("delays")
+    return found
+
+
 WIRES = st.fixed_dictionaries(
     {"seed": st.integers(0, 2**32)},
     optional={
@@ -112,11 +124,11 @@ WIRES = st.fixed_dictionaries(
         "corrupt": st.sampled_from([0.01, 0.1]),
         "duplicate": st.sampled_from([0.02, 0.3]),
         "reorder": st.sampled_from([0.1, 0.5]),
-        "delay_ns": st.sampled_from([10 * US, MS]),
+        "delays": DELAYS,
         "rate_bits_per_s": st.sampled_from([10**8, 10**9, 10**10]),
         "limit_packets": st.sampled_from([4, 64]),
     },
-)
+).map(with_delays)
 CUT = st.just({"up": False})
 SCHEDULES = st.lists(st.tuples(st.one_of(WIRES, CUT), st.one_of(WIRES, CUT)), max_size=3)
 SIZES = st.one_of(st.integers(0, 100), st.integers(0, 1 << 18))
@@ -147,6 +159,21 @@ def for_a_while(check: Callable[[], None]) -> None:
     check()
     while time.monotonic() < end:
         check()
+
+
+def test_schedules_have_every_fault() -> None:
+    """And no wire that cannot be."""
+    seen: set[str] = set()
+
+    @drawn
+    @given(wire=WIRES)
+    def look(wire: Settings) -> None:
+        wires.Wire.checked(wires.Wire(), wire)
+        seen.update(name for name, value in wire.items() if value)
+
+    look()
+    faults = {"delay_ns", "jitter_ns", "rate_bits_per_s", "limit_packets", "seed"}
+    assert seen == faults.union(wires.PROBABILITIES)
 
 
 @pytest.mark.native
