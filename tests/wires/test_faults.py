@@ -259,9 +259,12 @@ def test_everything_at_once_and_much_of_it(pair: Pair) -> None:
     # What the wire lost after it had corrupted it was never looked at.
     assert 0 < found["corrupt_found"] <= found["wire_corrupted"] + found["wire_duplicated"]
     assert found["round_trip_ns"] > 0
-    node = pair.cluster.node(1).counters()
-    assert node["wire_dropped"] == found["wire_dropped"]
-    assert pair.cluster.node(0).counters()["packets_resent"] == found["packets_resent"]
+    # An acknowledgement that was lost is still being asked for: the numbers may grow while they are read.
+    dropped = pair.cluster.node(1).counters()["wire_dropped"]
+    resent = pair.cluster.node(0).counters()["packets_resent"]
+    later = observe.link_counters(pair.cluster.name, 0, 1)
+    assert found["wire_dropped"] <= dropped <= later["wire_dropped"]
+    assert found["packets_resent"] <= resent <= later["packets_resent"]
 
 
 @pytest.mark.native
