@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +16,7 @@ from vmmc_emu.paths import ClusterPaths
 from vmmc_emu.terminal import explained, show_json, show_lines, table
 from vmmc_emu.wires import Change, Wire
 
+_BARE_NODE = re.compile("(node)?[0-9]+")
 _SHOWN_COUNTERS = ("wire_dropped", "wire_corrupted", "wire_duplicated", "wire_reordered", "packets_resent")
 
 
@@ -214,12 +216,22 @@ def partition(place: ClusterPaths, groups: tuple[str, ...]) -> None:
 
     Nodes that are not named are one more group.  `heal` ends it.
 
+    Quote braces: a shell takes them away and makes a group of each node.  Three nodes or more, each bare,
+    are refused for that reason.
+
     \b
       vmmc-emu partition 0-2 3-7
-      vmmc-emu partition 0,2,4            the rest is the other side
-      vmmc-emu partition '{0,1}' '{2,3}'  quoted: a shell would make four groups of it
+      vmmc-emu partition 0,2,4              the rest is the other side
+      vmmc-emu partition '{0,1}' '{2,3}'    quoted
+      vmmc-emu partition '{0}' '{1}' '{2}'  each of these by itself
     """
     count = lifecycle.describe_running(place).nodes
+    if len(groups) > 2 and all(_BARE_NODE.fullmatch(each) for each in groups):
+        raise click.UsageError(
+            "each group here is one node, as when a shell has taken braces away: quote them,"
+            " as in '{0,1,2}' '{3,4}', or write 0,1,2 or 0-2 3-7.  To isolate each node on purpose:"
+            " '{0}' '{1}' '{2}', which a shell leaves as they are."
+        )
     found = links.groups_of(groups, count)
     links.partition(place, found)
     click.echo(" | ".join("{" + ",".join(map(str, group)) + "}" for group in found))

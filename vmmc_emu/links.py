@@ -270,13 +270,21 @@ class Link:
         }
 
 
+def _without_braces(text: str) -> str:
+    inner = text[1:-1] if text.startswith("{") and text.endswith("}") else text
+    if "{" in inner or "}" in inner:
+        raise ClusterError(f"{text!r}: braces go around a group, as in '{{0,1,2}}', or write 0,1,2")
+    return inner
+
+
 def groups_of(texts: Sequence[str | Iterable[int | str]], nodes: int) -> list[list[int]]:
     """Groups of nodes from "0,1,2", "{0,1,2}", "3-7" or lists; those that nobody named are one more."""
     found: list[list[int]] = []
     where: dict[int, int] = {}
     for given in texts:
         if isinstance(given, str):
-            group = node_set([given.removeprefix("{").removesuffix("}")], nodes)
+            inner = _without_braces(given)
+            group = node_set([inner], nodes) if inner.strip() else []
         else:
             group = [node_index(each, nodes) for each in given]
         for node in group:

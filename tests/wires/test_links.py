@@ -143,6 +143,34 @@ def test_a_partition_and_its_end(cluster: Cluster) -> None:
         assert words in done.stderr
 
 
+@pytest.mark.parametrize("groups", ["{0,1,2} {3,4,5,6,7}", "node{0,1} node{2,3}", "{0..2} {3..7}"])
+def test_braces_that_a_shell_took_away(cluster: Cluster, groups: str) -> None:
+    """They were meant as groups: nothing is cut, and it is said what to write."""
+    command = f'"$0" -P -m vmmc_emu.cli --cluster {cluster.name} partition {groups}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    for words in ("quote them", "'{0,1,2}'", "0-2 3-7", "'{0}' '{1}' '{2}'"):
+        assert words in done.stderr
+    assert wires.present(cluster.place) == {}
+
+
+def test_braces_that_are_quoted(cluster: Cluster) -> None:
+    """A group of one node is one on purpose then; braces come in pairs, around all of a group."""
+    for word in ("{0,1", "2}", "{0,1}}", "{", "node{0,1}"):
+        done = _run(cluster, "partition", word, "3-7")
+        assert done.returncode != 0
+        assert repr(word) in done.stderr
+        assert "braces" in done.stderr
+    assert "empty" in _run(cluster, "partition", "{}", "3-7").stderr
+    assert wires.present(cluster.place) == {}
+    assert _done(cluster, "partition", "{0}", "{1}", "{2}") == "{0} | {1} | {2} | {3,4,5,6,7}\n"
+    assert _done(cluster, "partition", "0", "1") == "{0} | {1} | {2,3,4,5,6,7}\n"
+    cluster.partition([0], [1], [2], [3], [4], [5], [6], [7])
+    assert len(wires.present(cluster.place)) == 8 * 7
+
+
 def test_one_change_of_wires_that_differ(cluster: Cluster) -> None:
     """Each keeps what it had; where one cannot have it none is changed."""
     pairs = list(itertools.permutations(range(8), 2))
