@@ -12,6 +12,7 @@ text with a unit.  A link is two wires, one each way: see vmmc_emu.wires, which 
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,16 +30,20 @@ Value = str | int | float
 Pair = tuple[int, int]
 
 _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(.*)")
-_TIMES = {"ns": 1.0, "us": 1e3, "ms": 1e6, "s": 1e9}
 # As tc has them: "bps" is bytes a second.
 _RATES = {
     "bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "bps": 8.0, "kbps": 8e3, "mbps": 8e6, "gbps": 8e9,
 }  # fmt: skip
+_BITS = {unit: scale for unit, scale in _RATES.items() if unit.endswith("bit")}
+_BYTE_S = 8e12  # picoseconds a byte, times bits a second
 
 
 def _split(text: str) -> tuple[float, str] | None:
     found = _NUMBER.fullmatch(text.strip().lower())
     return (float(found[1]), found[2]) if found else None
+
+
+# What people wrote, as a number that is not yet rounded: see Setting.
 
 
 def _probability(name: str, value: Value) -> float:
@@ -50,7 +55,7 @@ def _probability(name: str, value: Value) -> float:
     return parts[0] / 100
 
 
-def _with_unit(name: str, text: str, what: str, units: Mapping[str, float]) -> int:
+def _with_unit(name: str, text: str, what: str, units: Mapping[str, float]) -> float:
     parts = _split(text)
     if parts == (0.0, ""):
         return 0
@@ -59,50 +64,36 @@ def _with_unit(name: str, text: str, what: str, units: Mapping[str, float]) -> i
             f"{name} {text!r}: write {what} with its unit, {', '.join(units)}{_range_of(name)}, as in"
             f" '{name} {_EXAMPLES[name]}'"
         )
-    return round(parts[0] * units[parts[1]])
+    return parts[0] * units[parts[1]]
 
 
-def _time_ns(name: str, value: Value) -> int:
-    return _with_unit(name, value, "a time", _TIMES) if isinstance(value, str) else round(value * 1e9)
+def _time_ns(name: str, value: Value) -> float:
+    return _with_unit(name, value, "a time", wires.TIMES) if isinstance(value, str) else value * 1e9
 
 
-def _rate(name: str, value: Value) -> int:
-    return _with_unit(name, value, "a rate", _RATES) if isinstance(value, str) else round(value)
-
-
-def _cost(name: str, value: Value) -> int:
-    rate = _rate(name, value)
-    return round(8e12 / rate) if rate else 0
+def _rate(name: str, value: Value) -> float:
+    return _with_unit(name, value, "a rate", _RATES) if isinstance(value, str) else value
 
 
 def _count(name: str, value: Value) -> int:
     if isinstance(value, int):
         return value
-    if not (isinstance(value, str) and value.isascii() and value.isdigit()):
+    # Thirty digits are out of every range; Python refuses to read some thousands.
+    if not (isinstance(value, str) and re.fullmatch("[0-9]{1,30}", value)):
         raise ClusterError(f"{name} {value!r}: write a whole number{_range_of(name)}")
     return int(value)
 
 
 def _percent(value: float) -> str:
-    return f"{value * 100:.7g}%"
+    return f"{value * 100:.7f}".rstrip("0").rstrip(".") + "%"
 
 
-def _in_units(units: Mapping[str, float]) -> Callable[[int], str]:
-    def shown(value: int) -> str:
-        for unit, scale in sorted(units.items(), key=lambda each: -each[1]):
-            if value >= scale:
-                return f"{value / scale:.6g}{unit}"
-        return "0"
-
-    return shown
+def _show_time(value: float) -> str:
+    return wires.in_units(value, wires.TIMES)
 
 
-_show_time = _in_units(_TIMES)
-_show_rate = _in_units({unit: scale for unit, scale in _RATES.items() if unit.endswith("bit")})
-
-
-def _show_cost(value: int) -> str:
-    return _show_rate(round(8e12 / value))
+def _show_rate(value: float) -> str:
+    return wires.in_units(value, _BITS)
 
 
 @dataclass(frozen=True)
@@ -110,9 +101,26 @@ class Setting:
     """One word of `link set`."""
 
     field: str  # of Wire
-    read: Callable[[str, Value], int | float]
+    read: Callable[[str, Value], float]  # in the field's unit, or bits a second
     show: Callable[[Any], str]
     meaning: str
+    inverse: bool = False  # written as a rate, and kept as the time that a byte takes
+
+    def kept(self, written: float) -> float:
+        """As a Wire has it."""
+        if self.field in wires.PROBABILITIES or not written:
+            return written
+        return round(_BYTE_S / written if self.inverse else written)
+
+    def shown(self, kept: float) -> str:
+        """As people write what a Wire has."""
+        # Six digits of a rate tell any two such times apart.
+        return self.show(float(f"{_BYTE_S / kept:.6g}") if self.inverse and kept else kept)
+
+    def limits(self) -> tuple[float, float]:
+        """The least above 0 and the most, as they are written."""
+        least, most = wires.LEAST.get(self.field, 1), wires.RANGES[self.field][1]
+        return (_BYTE_S / most, _BYTE_S / least) if self.inverse else (least, most)
 
 
 # By the word; a number instead of text is in the unit that stands in brackets.
@@ -128,7 +136,10 @@ SETTINGS = {
         "limit_packets", _count, str, "packets under way at a time, the next is dropped; 0: no limit"
     ),
     "unreachable": Setting(
-        "unreachable_ns", _time_ns, _show_time, "silence after which a peer is given up; 0: 10s [seconds]"
+        "unreachable_ns",
+        _time_ns,
+        _show_time,
+        "silence after which a peer is given up, 20ms or more; 0: 10s [seconds]",
     ),
     "seed": Setting("seed", _count, str, "of all random decisions: the same seed, the same faults"),
     "packet-cost": Setting(
@@ -139,15 +150,17 @@ SETTINGS = {
     ),
     "redirected-rate": Setting(
         "stream_redirected_ps_per_byte",
-        _cost,
-        _show_cost,
+        _rate,
+        _show_rate,
         "likewise: at which bytes of a stream reach a posted address [bit/s]",
+        inverse=True,
     ),
     "default-rate": Setting(
         "stream_default_ps_per_byte",
-        _cost,
-        _show_cost,
+        _rate,
+        _show_rate,
         "likewise: at which those do that are copied once more [bit/s]",
+        inverse=True,
     ),
 }
 
@@ -160,23 +173,36 @@ def understood(settings: Mapping[str, Value]) -> dict[str, Any]:
         if word not in SETTINGS:
             raise ClusterError(f"a link has no {given!r}: it has {', '.join(SETTINGS)}")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise ClusterError(f"{word} {value!r}: write a number, or text with a unit")
+            raise ClusterError(f"{word} {value!r}: write a number, or text with a unit{_range_of(word)}")
         setting = SETTINGS[word]
-        read = setting.read(word, value)
-        low, high = wires.RANGES[setting.field]
-        if not low <= read <= high:
-            raise ClusterError(f"{word} {value!r}: out of range{_range_of(word)}")
-        found[setting.field] = read
+        found[setting.field] = _read(word, setting, _fit(value))
     return found
 
 
-def _range_of(word: str) -> str:
-    """", from 0 to 60s", for errors; nothing for what is kept as the inverse of what is written."""
+def _fit(value: Value) -> Value:
+    """Infinity for a number so large that Python would neither make it a float nor show it."""
+    if isinstance(value, int) and abs(value) > 10**100:
+        return math.inf if value > 0 else -math.inf
+    return value
+
+
+def _read(word: str, setting: Setting, value: Value) -> float:
+    read = setting.read(word, value)
+    least, most = setting.limits()
+    if not 0 <= read <= most:  # nor is a NaN
+        raise ClusterError(f"{word} {value!r}: out of range{_range_of(word)}")
+    if wires.too_small(read, least):
+        raise ClusterError(f"{word} {value!r}: too small{_range_of(word, above_0=True)}")
+    return setting.kept(read)
+
+
+def _range_of(word: str, *, above_0: bool = False) -> str:
+    """", from 0 to 60s", for errors; above_0: with the least that is not 0, when that is of interest."""
     setting = SETTINGS[word]
-    if setting.read is _cost:
-        return ""
-    low, high = (setting.show(each) for each in wires.RANGES[setting.field])
-    return f", from {low} to {high}"
+    least, most = setting.limits()
+    if above_0 or least > 1:
+        return f", {setting.show(0)} or from {setting.show(least)} to {setting.show(most)}"
+    return f", from {setting.show(0)} to {setting.show(most)}"
 
 
 def words(text: Sequence[str]) -> dict[str, Value]:
@@ -210,7 +236,7 @@ def shown(wire: Wire) -> str:
     for word, setting in SETTINGS.items():
         value = getattr(wire, setting.field)
         if value != getattr(default, setting.field):
-            parts.append(f"{word} {setting.show(value)}")
+            parts.append(f"{word} {setting.shown(value)}")
     return " ".join(parts) or "perfect"
 
 

@@ -30,6 +30,16 @@ _SECOND_NS = 10**9
 
 UNREACHABLE_NS = 10 * _SECOND_NS  # of silence, when nothing else is set
 
+TIMES = {"ns": 1.0, "us": 1e3, "ms": 1e6, "s": 1e9}
+
+
+def in_units(value: float, units: Mapping[str, float]) -> str:
+    """A number in the largest unit of which it has one, as in 2ms; all its digits, as it may be set again."""
+    for unit, scale in sorted(units.items(), key=lambda each: -each[1]):
+        if value >= scale:
+            return f"{value / scale:.15g}{unit}"
+    return "0"
+
 
 @dataclass(frozen=True)
 class Wire:
@@ -65,11 +75,13 @@ class Wire:
                 raise ClusterError(f"{name} of a wire is {_range(low, high)}, not {value!r}")
             if not low <= value <= high:
                 raise ClusterError(f"{name} of a wire is {_range(low, high)}: {value!r} is out of range")
+            if name in LEAST and too_small(value, LEAST[name]):
+                raise ClusterError(f"{name} of a wire is 0 or {_range(LEAST[name], high)}: {value!r} is less")
         wire = dataclasses.replace(before, **settings)
         if wire.jitter_ns > wire.delay_ns:
             raise ClusterError(
-                f"jitter (here {wire.jitter_ns} ns) cannot be more than the delay (here {wire.delay_ns} ns):"
-                " no packet arrives before it is sent"
+                f"jitter (here {in_units(wire.jitter_ns, TIMES)}) cannot be more than the delay"
+                f" (here {in_units(wire.delay_ns, TIMES)}): no packet arrives before it is sent"
             )
         return wire
 
@@ -107,8 +119,19 @@ RANGES: dict[str, tuple[int, int]] = {
     "stream_default_ps_per_byte": (0, 10**6),
 }
 
+# The least that some of them may be above 0, which stands for perfect or for a default.
+LEAST: dict[str, float] = {
+    **dict.fromkeys(PROBABILITIES, 1e-9),  # NICs are told them in billionths
+    "unreachable_ns": 20 * 10**6,  # twice as long as it takes to send again what was lost first
+}
 
-def _range(low: int, high: int) -> str:
+
+def too_small(value: float, least: float) -> bool:
+    """Whether a number is above 0 and less than the least; 9.999999999999999e-10 passes for 1e-9."""
+    return value > 0 and round(value / least, 6) < 1
+
+
+def _range(low: float, high: float) -> str:
     return "True or False" if isinstance(low, bool) else f"a number from {low} to {high}"
 
 

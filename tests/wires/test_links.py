@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +92,17 @@ def test_all_links_one_link_and_a_cut_link(cluster: Cluster) -> None:
         (["0", "1", "limit", "-1"], ["limit '-1'", "from 0 to 65536"]),
         (["0", "1", "limit", "1.5"], ["limit '1.5'", "from 0 to 65536"]),
         (["0", "1", "seed", "abc"], ["seed 'abc'", "from 0 to 18446744073709551615"]),
+        (["0", "1", "seed", "1" * 5000], ["seed", "from 0 to 18446744073709551615"]),
+        (["0", "1", "rate", "0.1bit"], ["rate '0.1bit'", "too small", "0 or from 1bit to 1000gbit"]),
+        (["0", "1", "delay", "0.1ns"], ["delay '0.1ns'", "too small", "0 or from 1ns to 60s"]),
+        (["0", "1", "loss", "0.00000001%"], ["loss '0.00000001%'", "0% or from 0.0000001% to 100%"]),
+        (["0", "1", "unreachable", "1ns"], ["unreachable '1ns'", "0 or from 20ms to 86400s"]),
+        (["0", "1", "unreachable", "long"], ["unreachable 'long'", "0 or from 20ms to 86400s"]),
+        (["0", "1", "redirected-rate", "fast"], ["redirected-rate 'fast'", "from 8mbit to 8000gbit"]),
+        (["0", "1", "redirected-rate", "1bit"], ["redirected-rate '1bit'", "from 8mbit to 8000gbit"]),
+        (["0", "1", "default-rate", "9000gbit"], ["default-rate '9000gbit'", "from 8mbit to 8000gbit"]),
+        (["0", "1", "jitter", "5ms"], ["jitter", "5ms", "delay (here 0)"]),
+        (["0", "1", "jitter", "5ms", "delay", "1.5ms"], ["jitter", "5ms", "delay (here 1.5ms)"]),
         (["0", "1", "down"], ["vmmc-emu link down"]),
         (["--all", "0", "1", "loss", "1%"], ["--all", "no nodes"]),
         (["0", "1"], ["say what to set"]),
@@ -124,6 +137,53 @@ def test_links_from_python(cluster: Cluster) -> None:
             link.set(**settings)
     with pytest.raises(ClusterError, match="itself"):
         cluster.link(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "limits"),
+    [
+        *[(word, value, "from 0% to 100%") for word in ("loss", "reorder") for value in (math.inf, math.nan)],
+        *[("delay", value, "from 0 to 60s") for value in (math.inf, -math.inf, math.nan)],
+        *[("rate", value, "from 0 to 1000gbit") for value in (math.inf, math.nan)],
+        *[("limit", value, "from 0 to 65536") for value in (math.inf, math.nan)],
+        *[("packet_cost", value, "from 0 to 1s") for value in (math.inf, math.nan)],
+        *[("redirected_rate", value, "from 8mbit to 8000gbit") for value in (math.inf, math.nan, 1e14, 1)],
+        ("default_rate", -1e9, "from 8mbit to 8000gbit"),
+        ("loss", 1e-12, "from 0.0000001% to 100%"),
+        ("delay", 1e-10, "from 1ns to 60s"),
+        ("rate", 0.5, "from 1bit to 1000gbit"),
+        ("unreachable", 0.001, "from 20ms to 86400s"),
+        ("delay", [3], "from 0 to 60s"),
+        # Python makes no float of the first, and no text of the others.
+        pytest.param("delay", 10**400, "from 0 to 60s", id="delay-digits"),
+        pytest.param("rate", -(10**5000), "from 0 to 1000gbit", id="rate-digits"),
+        pytest.param("limit", 10**5000, "from 0 to 65536", id="limit-digits"),
+    ],
+)
+def test_numbers_that_cannot_be(two_nodes: Cluster, word: str, value: Any, limits: str) -> None:
+    """Not numbers, too large, or so small that they would mean 0: the word and its range are named."""
+    with pytest.raises(ClusterError) as failed:
+        two_nodes.link(0, 1).set(**{word: value})
+    assert str(failed.value).startswith(word.replace("_", "-"))
+    assert limits in str(failed.value)
+    assert wires.present(two_nodes.place) == {}
+
+
+def test_the_least_and_the_most_can_be_shown_and_set_again(cluster: Cluster) -> None:
+    """What is in an error as a range can be set."""
+    for words in (
+        ["loss", "0.0000001%", "delay", "60s", "jitter", "1ns", "rate", "1bit", "unreachable", "20ms"],
+        ["redirected-rate", "8mbit", "default-rate", "8000gbit"],
+        ["loss", "100%", "delay", "2.000001ms", "rate", "1000gbit", "unreachable", "86400s"],
+    ):
+        said = _done(cluster, "link", "set", "0", "1", *words)
+        before = wires.present(cluster.place)
+        shown = said.partition(": ")[2].split()
+        assert shown == words
+        _done(cluster, "link", "reset", "0", "1")
+        _done(cluster, "link", "set", "0", "1", *shown)
+        assert wires.present(cluster.place) == before
+        _done(cluster, "link", "reset", "0", "1")
 
 
 def test_a_partition_and_its_end(cluster: Cluster) -> None:
