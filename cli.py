@@ -138,6 +138,8 @@ def up(place: paths.ClusterPaths, nodes: int, profile: str | None) -> None:
       vmmc-emu --cluster other up --nodes 64
       vmmc-emu up --nodes 4 --profile wan
     """
+    if profile == "":
+        raise click.UsageError("--profile is empty: name one, or a file, or leave it out")
     lifecycle.start(place, nodes, profile=profile)
     status = lifecycle.status(place)
     show_lines(_node_table(status, with_state=False))

@@ -101,7 +101,7 @@ def start(place: ClusterPaths, nodes: int, *, owned: bool = False, profile: str 
     owned: it ends when this process does, however this process ends.  profile: see `links.profile`.
     """
     check_node_count(nodes)
-    changes = _changes_of(profile, nodes) if profile else []
+    changes = [] if profile is None else _changes_of(profile, nodes)
     if not _name_is_free(place):
         raise ClusterError(already_up(place))
     paths.check_socket_paths(place, nodes)
@@ -135,7 +135,7 @@ def start(place: ClusterPaths, nodes: int, *, owned: bool = False, profile: str 
     if answer.get("ready"):
         try:
             if changes:
-                _change_wires(place, changes)
+                _change_wires(place, changes, profile)
         except BaseException:  # also an interruption: whoever asked has no cluster that they could end
             stop(place)
             _reap(pid)
@@ -168,10 +168,13 @@ def _changes_of(profile: str, nodes: int) -> list[Change]:
     return links.profile(profile).changes(nodes)
 
 
-def _change_wires(place: ClusterPaths, changes: list[Change]) -> None:
+def _change_wires(place: ClusterPaths, changes: list[Change], profile: str | None) -> None:
     from vmmc_emu import wires  # noqa: PLC0415
 
-    wires.change(place, changes)
+    try:
+        wires.change(place, changes)
+    except ClusterError as error:  # each can be, and not all of them together
+        raise ClusterError(f"profile {profile}: {error}") from None
 
 
 def already_up(place: ClusterPaths) -> str:

@@ -361,18 +361,22 @@ _SHIPPED = Path(__file__).parent / "profiles"
 class Profile:
     """Settings for every wire, and for some of them others, as a file says them."""
 
-    name: str
+    path: Path
     every: Mapping[str, Any]
-    links: Sequence[tuple[list[str], list[str], bool, Mapping[str, Any]]]  # from, to, also back, settings
+    links: Sequence[tuple[str, str, bool, Mapping[str, Any]]]  # from, to, also back, settings
 
     def changes(self, nodes: int) -> list[Change]:
-        """What makes the wires of a new cluster so."""
+        """What makes the wires of a new cluster so; ClusterError when it names nodes that are not there."""
         found = [Change(range(nodes), range(nodes), self.every)] if self.every and nodes > 1 else []
         for senders, receivers, back, settings in self.links:
-            a, b = node_set(senders, nodes), node_set(receivers, nodes)
-            found.append(Change(a, b, settings))
-            if back:
-                found.append(Change(b, a, settings))
+            try:
+                a, b = node_set([senders], nodes), node_set([receivers], nodes)
+                found.append(Change(a, b, settings))
+                if back:
+                    found.append(Change(b, a, settings))
+                found[-1].pairs(nodes)  # there are some
+            except ClusterError as error:
+                raise ClusterError(f"profile {self.path}: {error}") from None
         return found
 
 
@@ -391,30 +395,39 @@ def profile(which: str) -> Profile:
                 f"there is no profile {which!r}: name a file, or one of {', '.join(shipped_profiles())}"
             )
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-        return _profile(path.stem, found)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ClusterError) as error:
+        return _profile(path, tomllib.loads(path.read_text(encoding="utf-8")))
+    # ValueError: no TOML, no UTF-8, or a number with thousands of digits.
+    except (ValueError, RecursionError, ClusterError) as error:
         raise ClusterError(f"profile {path}: {error}") from None
 
 
-def _profile(name: str, found: Mapping[str, Any]) -> Profile:
+def _profile(path: Path, found: Mapping[str, Any]) -> Profile:
     unknown = found.keys() - {"all", "link"}
     if unknown:
         raise ClusterError(f"it has {', '.join(sorted(unknown))}: write [all] and [[link]]")
     every, links = found.get("all", {}), found.get("link", [])
     if not isinstance(every, dict) or not isinstance(links, list):
         raise ClusterError("write [all] once and [[link]], in double brackets, for each link that differs")
-    return Profile(name, _checked(every), [_link(each) for each in links])
+    return Profile(path, _checked(every), [_link(each) for each in links])
 
 
-def _link(found: Mapping[str, Any]) -> tuple[list[str], list[str], bool, Mapping[str, Any]]:
+def _link(found: object) -> tuple[str, str, bool, Mapping[str, Any]]:
+    what = ClusterError('a [[link]] needs between = ["0", "1"], or from = "0" and to = "1-3"')
+    if not isinstance(found, dict):
+        raise what
     settings = {word: value for word, value in found.items() if word not in {"between", "from", "to"}}
-    ends, one_way = found.get("between"), {"from", "to"} & found.keys()
-    if isinstance(ends, list) and len(ends) == 2 and not one_way:
-        return [str(ends[0])], [str(ends[1])], True, _checked(settings)
-    if len(one_way) == 2 and ends is None:
-        return [str(found["from"])], [str(found["to"])], False, _checked(settings)
-    raise ClusterError('a [[link]] needs between = ["0", "1"], or from = "0" and to = "1-3"')
+    one_way = [found[word] for word in ("from", "to") if word in found]
+    back = "between" in found
+    ends = found["between"] if back else one_way
+    if not isinstance(ends, list) or len(ends) != 2 or (back and one_way):
+        raise what
+    if not all(_names_nodes(each) for each in ends):
+        raise what
+    return str(ends[0]), str(ends[1]), back, _checked(settings)
+
+
+def _names_nodes(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def node_address6(node: int) -> str:
 def node_index(text: str | int, nodes: int) -> int:
     """The index of the node that somebody wrote as 3, "3" or "node3"; ClusterError when there is none."""
     digits = str(text).removeprefix("node")
-    if not (digits.isascii() and digits.isdigit()):
+    if not re.fullmatch("[0-9]{1,100}", digits):  # Python refuses to read some thousands
         raise ClusterError(f"{text!r} is not a node: write a number or a name such as node3")
     index = int(digits)
     if index >= nodes:

@@ -323,24 +323,73 @@ def test_profiles(tmp_path: Path) -> None:
     assert found[0, 1] == found[1, 0] == Wire(delay_ns=MS, loss=0.01)
     assert found[2, 1] == found[2, 0] == Wire(delay_ns=MS, rate_bits_per_s=8000)
     assert found[0, 2] == Wire(delay_ns=MS)
-    wrong = {
-        "[all]\nloss = '200%'": "loss", "[every]": "every", "[[link]]\nloss = 0.1": "between", "x =": "value",
-    }  # fmt: skip
-    for text, words in wrong.items():
-        file.write_text(text)
-        done = subprocess.run(up, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode != 0
-        assert "mine.toml" in done.stderr
-        assert words in done.stderr
     # Each can be, and both together cannot: known when it is up, and it is down again then.
     file.write_text(
         '[all]\ndelay = "2ms"\njitter = "2ms"\n[[link]]\nbetween = ["0", "1"]\ndelay = "1ms"\n'
     )
     done = subprocess.run(up, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
-    assert "jitter" in done.stderr
+    assert "mine.toml: jitter" in done.stderr
     with pytest.raises(ClusterError, match="is not up"):
         Cluster.running(name)
     up[-1] = "no"
     done = subprocess.run(up, capture_output=True, text=True, timeout=60, check=False)
     assert "lan-1gbit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[all]\nloss = '200%'", "loss"),
+        ("[every]", "every"),
+        ("x =", "value"),
+        ("[all]\ndelay = inf", "delay inf: out of range, from 0 to 60s"),
+        ("[all]\ndelay = nan", "delay nan: out of range, from 0 to 60s"),
+        ("[all]\nrate = 1e400", "rate inf"),
+        pytest.param(f"[all]\nlimit = {'1' * 5000}", "digits", id="digits"),
+        pytest.param(f"[all]\nlimit = 0x{'1' * 5000}", "limit inf", id="hexadecimal-digits"),
+        ("[all]\ndelay = [3]", "delay [3]"),
+        ("link = [3]", "[[link]]"),
+        ("link = 3", "[[link]]"),
+        ("all = 3", "[all]"),
+        ("[[link]]\nloss = 0.1", "between"),
+        ('[[link]]\nfrom = ["0", "1"]\nto = "2"', "from"),
+        ('[[link]]\nfrom = "0"', "from"),
+        ('[[link]]\nfrom = true\nto = "2"', "from"),
+        ('[[link]]\nbetween = ["0", "1"]\nto = "2"', "between"),
+        ('[[link]]\nbetween = ["0", ["1"]]', "between"),
+        ('[[link]]\nbetween = ["0", "3"]', "node3"),
+        ('[[link]]\nfrom = 7\nto = "0"', "node7"),
+        pytest.param(f"[[link]]\nfrom = '{'7' * 5000}'\nto = '0'", "not a node", id="node-digits"),
+        ('[[link]]\nbetween = ["0", "one"]', "'one'"),
+        ('[[link]]\nbetween = ["1", "1"]', "itself"),
+    ],
+)
+def test_a_file_that_cannot_be_a_profile(tmp_path: Path, text: str, words: str) -> None:
+    """One line names the file and says what is wrong; nothing is started."""
+    name = f"test-{secrets.token_hex(6)}"
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    command = [sys.executable, "-P", "-m", "vmmc_emu.cli", "--cluster", name, "up", "--nodes", "3"]
+    done = subprocess.run(
+        [*command, "--profile", str(file)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: profile {file}: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    with pytest.raises(ClusterError, match="is not up"):
+        Cluster.running(name)
+
+
+def test_no_profile_at_all() -> None:
+    """An empty name is none: a variable that was not set, as a rule."""
+    name = f"test-{secrets.token_hex(6)}"
+    command = [sys.executable, "-P", "-m", "vmmc_emu.cli", "--cluster", name]
+    up = [*command, "up", "--profile", ""]
+    done = subprocess.run(up, capture_output=True, text=True, timeout=60, check=False)
+    subprocess.run([*command, "down"], capture_output=True, timeout=60, check=True)
+    assert done.returncode != 0
+    assert "--profile is empty" in done.stderr
+    with pytest.raises(ClusterError, match="no profile ''"), Cluster(nodes=2, name=name, profile=""):
+        pass
