@@ -1,7 +1,7 @@
 """The log of a supervisor or daemon: one line an event, with its level, and no flood of like ones.
 
 Of each kind of event some lines are written in any ten seconds; what follows is counted, and the count is
-written when the time is over.
+written when the time is over, with the newest of them, so that the log's last word on something is true.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class _Kind:
 
     began: float
     count: int = 0
+    level: str = INFO  # of the newest that was not written,
+    newest: str = ""  # and what it says
 
 
 _kinds: dict[str, _Kind] = {}
@@ -47,7 +49,9 @@ def log(level: str, text: str) -> None:
     kind.count += 1
     if kind.count <= _MOST:
         _write(level, text)
-    elif kind.count == _MOST + 1:
+        return
+    kind.level, kind.newest = level, text
+    if kind.count == _MOST + 1:
         for call_later in _later:
             call_later(kind.began + _WINDOW_S - now, lambda: _tell(name))
 
@@ -56,7 +60,8 @@ def _tell(name: str) -> None:
     """Writes how many of a kind were not written, if any."""
     kind = _kinds.pop(name, None)
     if kind is not None and kind.count > _MOST:
-        _write(WARNING, f"{kind.count - _MOST} more lines like this were suppressed: {name} …")
+        many = f"{kind.count - _MOST} more lines like this were suppressed"
+        _write(kind.level, f"{many}, the newest: {kind.newest}")
 
 
 def _write(level: str, text: str) -> None:

@@ -881,14 +881,15 @@ def test_suppressed_lines_are_counted(capfd: pytest.CaptureFixture[str]) -> None
     later: list[Callable[[], None]] = []
     journal.begin(lambda _delay, callback: later.append(callback))
     for number in range(1000):
-        journal.log(journal.WARNING, f"a storm, drop {number}")
+        journal.log(journal.INFO, f"a storm, drop {number}")
     journal.log(journal.ERROR, "something else")
     assert len(later) == 1
     later[0]()
     journal.begin(lambda _delay, _callback: None)
     lines = capfd.readouterr().err.splitlines()
     shown = [line for line in lines if "drop" in line and "suppressed" not in line]
-    assert f"{1000 - len(shown)} more lines like this were suppressed" in lines[-1]
+    counted = f"{1000 - len(shown)} more lines like this were suppressed"
+    assert lines[-1].endswith(f" info {counted}, the newest: a storm, drop 999")
     assert len(lines) == len(shown) + 2 < 100
 
 
