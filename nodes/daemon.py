@@ -77,7 +77,7 @@ class Daemon:
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)  # to refuse somebody without another
         self._nic_pidfd = -1
         self._nic_started = 0.0
-        self._nic_failures = 0
+        self._nic_deaths: list[bool] = []  # of those that died young, in a row; True: by SIGKILL
         self._nic_ready = False
         self._wires: dict[int, wires.Wire] = {}  # that lead here, as the NIC was told, by their beginning
 
@@ -208,16 +208,18 @@ class Daemon:
                 how = "ended: its node's shared memory was removed or truncated"
         except ChildProcessError:
             how = "ended (it was a predecessor daemon's)"
-        if not self._nic_ready and not self._nic_failures:
+        if not self._nic_ready and not self._nic_deaths:
             # The first one, or one that was never heard of: say why where `up` waits for an answer.
             self._tell_supervisor(what="failed", why=f"the NIC of {self._name} {how}{self._nic_last_words()}")
-        young = time.monotonic() - self._nic_started < _NIC_YOUNG_S
-        self._nic_failures = self._nic_failures + 1 if young else 0
+        if time.monotonic() - self._nic_started >= _NIC_YOUNG_S:
+            self._nic_deaths.clear()
+        else:
+            self._nic_deaths.append(killed)
         delay: float = 0
         if damaged:
             delay = _NIC_BACKOFF_S[-1]
         elif not os.environ.get("VMMC_RESTART_AT_ONCE"):
-            delay = pause_before(self._nic_failures - (KILLS_SPARED if killed else 1), _NIC_BACKOFF_S)
+            delay = pause_before(self._nic_deaths, _NIC_BACKOFF_S, spared=1)
         when = f"in {delay} s" if delay else "now"
         log(WARNING, f"{self._name} NIC {pid} {how}; a successor starts {when}")
         processes.note_restart(self._place, f"{self._name}.nic", pid, how)
@@ -755,9 +757,15 @@ def open_log(path: Path) -> int:
 KILLS_SPARED = 10
 
 
-def pause_before(failures: int, pauses_s: Sequence[float]) -> float:
-    """Seconds until what has failed so often in a row is started again; 0 or less is no failure."""
-    return pauses_s[min(failures, len(pauses_s)) - 1] if failures > 0 else 0.0
+def pause_before(deaths: Sequence[bool], pauses_s: Sequence[float], spared: int) -> float:
+    """Seconds until what has died young so often in a row (True: of SIGKILL) is started again.
+
+    Of deaths like the last one so many cost no pause; of SIGKILL it is KILLS_SPARED.
+    """
+    if not deaths:
+        return 0.0
+    late = deaths.count(deaths[-1]) - (KILLS_SPARED if deaths[-1] else spared)
+    return pauses_s[min(late, len(pauses_s)) - 1] if late > 0 else 0.0
 
 
 def describe_exit(code: int) -> str:

@@ -35,7 +35,7 @@ from typing import Any
 
 from vmmc_emu.nodes import channel, files, journal
 from vmmc_emu.nodes.channel import Endpoint, Outbox, Store
-from vmmc_emu.nodes.daemon import KILLS_SPARED, become_daemon, describe_exit, open_log, pause_before
+from vmmc_emu.nodes.daemon import become_daemon, describe_exit, open_log, pause_before
 from vmmc_emu.nodes.journal import ERROR, INFO, WARNING, log
 from vmmc_emu.nodes.messages import Protocol, become_subreaper, segment_sizes
 from vmmc_emu.nodes.title import set_title
@@ -50,7 +50,7 @@ _START_TIMEOUT_S = 60.0
 _DAEMON_YOUNG_S = 1.0
 _DAEMON_BACKOFF_S = (0.05, 0.2, 1.0, 5.0)
 
-_WIRED_S = 10.0  # in which daemons tell their NICs of a change of wires; who asked hears of the others
+_WIRED_S = 10.0  # in which one more daemon tells its NIC of a change of wires; who asked hears of the others
 
 _MESSAGE_MOST = 2000  # characters of an error: what a socket's message certainly has room for
 
@@ -69,7 +69,7 @@ class Node:
     outbox: Outbox | None = None  # of that channel
     ready: bool = False
     started: float = 0.0
-    failures: int = 0  # daemons that died young, in a row
+    deaths: list[bool] = field(default_factory=list)  # of daemons that died young, in a row; True: by SIGKILL
     off: bool = False
     waiting: list[socket.socket] = field(default_factory=list)  # who asked for its start
 
@@ -84,7 +84,8 @@ class Wiring:
     """A change of wires that is written down, and of which some daemons have yet to tell their NICs."""
 
     connection: socket.socket  # of whoever asked for it
-    nodes: set[int]  # whose daemons those are
+    nodes: set[int]  # whose daemons those are,
+    awaited: int  # and how many when that was last looked at
     answer: dict[str, Any]
 
 
@@ -370,9 +371,11 @@ class Supervisor:
         if node.store is None:
             self._lost(node)
             return
-        young = time.monotonic() - node.started < _DAEMON_YOUNG_S
-        node.failures = node.failures + 1 if young else 0
-        delay = pause_before(node.failures - (KILLS_SPARED if killed else 0), _DAEMON_BACKOFF_S)
+        if time.monotonic() - node.started >= _DAEMON_YOUNG_S:
+            node.deaths.clear()
+        else:
+            node.deaths.append(killed)
+        delay = pause_before(node.deaths, _DAEMON_BACKOFF_S, spared=0)
         log(
             WARNING,
             f"{node.name} daemon {node.daemon_pid} {how};"
@@ -475,7 +478,7 @@ class Supervisor:
         for kind in (processes.DAEMON, processes.NIC):
             processes.forget(self._place, kind, node.index, 0)
         node.ready = False
-        node.failures = 0
+        node.deaths.clear()
         self._wired(node, self._wirings_begun)  # its next daemon reads of them
         log(WARNING, f"{node.name} has lost its power")
 
@@ -675,7 +678,7 @@ class Supervisor:
             return answer
         self._wirings_begun += 1
         number = self._wirings_begun
-        self._wirings[number] = Wiring(connection, concerned, answer)
+        self._wirings[number] = Wiring(connection, concerned, len(concerned), answer)
         for receiver in concerned:
             outbox = self._nodes[receiver].outbox
             if outbox is not None:  # without a daemon: the next one is told as soon as it joins
@@ -693,9 +696,14 @@ class Supervisor:
                 channel.send(wiring.connection, **wiring.answer)
 
     def _not_wired(self, number: int) -> None:
-        wiring = self._wirings.pop(number, None)
+        wiring = self._wirings.get(number)
         if wiring is None:
             return
+        if len(wiring.nodes) < wiring.awaited:  # there are many, and more every time
+            wiring.awaited = len(wiring.nodes)
+            self._loop.call_later(_WIRED_S, partial(self._not_wired, number))
+            return
+        del self._wirings[number]
         late = [self._nodes[index] for index in sorted(wiring.nodes)]
         why = (
             "the change is written down, but has not come into force on"

@@ -9,12 +9,14 @@ once more for what a killed supervisor left.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
 import shutil
 import socket
 import sys
+import termios
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -248,15 +250,20 @@ def is_off(place: ClusterPaths, node: int) -> str:
 
 
 def ask_supervisor(
-    place: ClusterPaths, message: dict[str, Any], descriptors: Sequence[int] = ()
+    place: ClusterPaths,
+    message: dict[str, Any],
+    descriptors: Sequence[int] = (),
+    *,
+    repeatable: bool = False,
 ) -> dict[str, Any]:
     """Sends a request to a cluster's supervisor and returns its answer; ClusterError: there is none.
 
-    While a supervisor that was killed has no successor yet, it waits for that.
+    While a supervisor that was killed has no successor yet, it waits for that.  repeatable: that one is asked
+    again when the first was killed before it answered.
     """
     data = json.dumps(message).encode()
     if len(data) <= ENCLOSED_BYTES:
-        return _ask_supervisor(place, data, descriptors)
+        return _ask_supervisor(place, data, descriptors, repeatable)
     if len(data) > REQUEST_BYTES_MOST:
         raise ClusterError(
             f"the request has {limits.mebibytes(len(data))}, and"
@@ -265,10 +272,12 @@ def ask_supervisor(
     with os.fdopen(os.memfd_create("request"), "wb") as file:
         file.write(data)
         file.flush()
-        return _ask_supervisor(place, b'{"enclosed": true}', [file.fileno(), *descriptors])
+        return _ask_supervisor(place, b'{"enclosed": true}', [file.fileno(), *descriptors], repeatable)
 
 
-def _ask_supervisor(place: ClusterPaths, data: bytes, descriptors: Sequence[int]) -> dict[str, Any]:
+def _ask_supervisor(
+    place: ClusterPaths, data: bytes, descriptors: Sequence[int], repeatable: bool
+) -> dict[str, Any]:
     deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -277,9 +286,10 @@ def _ask_supervisor(place: ClusterPaths, data: bytes, descriptors: Sequence[int]
                 connection.connect(os.fspath(place.control))
                 socket.send_fds(connection, [data], descriptors)
                 answer = _await_answer(place, connection)
-                break
+                if answer or not repeatable or time.monotonic() > deadline:
+                    break
             except TimeoutError:
-                raise ClusterError(_is_stopped(place) or _no_supervisor(place)) from None
+                raise ClusterError(_is_stopped(place, connection) or _no_supervisor(place)) from None
             except OSError:
                 # Nobody listens, or who did was killed before it had read the request: then the connection is
                 # reset.  After that it would end.
@@ -288,8 +298,7 @@ def _ask_supervisor(place: ClusterPaths, data: bytes, descriptors: Sequence[int]
                 time.sleep(0.02)
     if not answer:
         raise ClusterError(
-            f"the supervisor of cluster '{place.cluster}' ended before it answered: whether it did what was"
-            f" asked, `{_command(place.cluster)} status` and `ps` show"
+            f"the supervisor of cluster '{place.cluster}' ended before it answered: {_unknown(place)}"
         )
     result: dict[str, Any] = json.loads(answer)
     return result
@@ -302,18 +311,25 @@ def _await_answer(place: ClusterPaths, connection: socket.socket) -> bytes:
         try:
             return connection.recv(65536)
         except TimeoutError:
-            if _is_stopped(place) or time.monotonic() > deadline:
+            if _is_stopped(place, connection) or time.monotonic() > deadline:
                 raise
 
 
-def _is_stopped(place: ClusterPaths) -> str | None:
+def _is_stopped(place: ClusterPaths, connection: socket.socket) -> str | None:
     for supervisor in processes.recorded(place, processes.SUPERVISOR):
-        if supervisor.is_stopped():
-            return (
-                f"the supervisor of cluster '{place.cluster}' is stopped and does not answer; nothing was"
-                f" done: `kill -CONT {supervisor.pid}` lets it go on"
-            )
+        if not supervisor.is_stopped():
+            continue
+        unread = fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)) != bytes(4)
+        done = "nothing was done" if unread else _unknown(place)
+        return (
+            f"the supervisor of cluster '{place.cluster}' is stopped and does not answer; {done}:"
+            f" `kill -CONT {supervisor.pid}` lets it go on"
+        )
     return None
+
+
+def _unknown(place: ClusterPaths) -> str:
+    return f"whether it did what was asked, `{_command(place.cluster)} status` and `ps` show"
 
 
 def _no_supervisor(place: ClusterPaths) -> str:

@@ -43,9 +43,9 @@ class Process:
         return start_of(self.pid) == self.start
 
     def is_stopped(self) -> bool:
-        """Whether a signal or a debugger has stopped it."""
+        """Whether a signal has stopped it."""
         fields = _stat(self.pid)
-        return fields is not None and fields[0] in b"Tt"
+        return fields is not None and fields[0] == b"T"
 
 
 def _stat(pid: int) -> list[bytes] | None:

@@ -174,7 +174,7 @@ def change(place: ClusterPaths, changes: Sequence[Change]) -> None:
     A ClusterError that says "written down" names nodes whose daemons are stopped or missing: it is in force
     on the others, and will be on these.
     """
-    said = lifecycle.ask_supervisor(place, {"wires": [each.as_json() for each in changes]})
+    said = lifecycle.ask_supervisor(place, {"wires": [each.as_json() for each in changes]}, repeatable=True)
     if "errno" in said:
         raise OSError(said["errno"], said["message"]) if said["errno"] else ClusterError(said["message"])
 

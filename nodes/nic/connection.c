@@ -58,9 +58,15 @@ void connection_rewind(struct endpoint *e, uint32_t slot, uint64_t after) {
   struct connection *c = connection_of(e, slot);
   _Atomic uint64_t *base = &nic_slot(e, slot)->ring_base;
   uint64_t now = atomic_load_explicit(base, memory_order_relaxed), length = committed(c);
-  if (c->placed - now < after || (c->committed_from != now && length < VMMC_RING)) return;
+  bool at_base = c->committed_from == now || length == VMMC_RING;
+  if (c->placed - now < after || (!at_base && after)) return;
   if (connection_half(e, slot).consumed != c->placed) return;
   uint64_t next = c->placed / VMMC_PAGE * VMMC_PAGE;
+  if (!at_base) { /* a NIC was killed in here, or memory was short: as much as is promised, where the ring begins */
+    length = (c->told - next + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
+    if (length > VMMC_RING) length = VMMC_RING;
+    if (!segment_commit(e->nic_fd, VMMC_NIC_RINGS + (uint64_t)slot * VMMC_RING, length)) return;
+  }
   /* In this order a successor finds no more than there is, before the base moves and after it: first what lies
    * before `next`, then nothing.  Credit for [placed, told) stays good: as much is allocated. */
   c->committed_to = next;
@@ -576,7 +582,9 @@ static void tell_acknowledged(struct endpoint *e, uint32_t slot) {
   struct vmmc_nic_slot *n = nic_slot(e, slot);
   uint64_t told = atomic_load_explicit(&n->acknowledged, memory_order_relaxed);
   bool answers = told < asked && asked <= acknowledged;
-  bool empty = acknowledged == c->transmitted && acknowledged - told >= VMMC_REWIND;
+  /* relaxed: only compared; what is in the ring and not transmitted keeps it from beginning anew */
+  bool empty = acknowledged - told >= VMMC_REWIND &&
+               atomic_load_explicit(&app_slot(e, slot)->written, memory_order_relaxed) == acknowledged;
   if (acknowledged < told + send_window(e, slot) / 4 && !answers && !empty &&
       (acknowledged == told || wanted(e, slot) <= told))
     return;

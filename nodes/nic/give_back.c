@@ -100,6 +100,8 @@ static void take_transmit_rings(struct endpoint *e, const uint32_t *slots, uint3
     bool quiet = ordered && !atomic_load_explicit(&a->sending, memory_order_acquire) &&
                  atomic_load_explicit(&a->generation, memory_order_relaxed) == c->generation &&
                  atomic_load_explicit(&a->written, memory_order_relaxed) == c->acknowledged;
+    /* Also what it was not told in steps: its ring begins anew.  release: the peer has copied what was there. */
+    if (quiet) atomic_store_explicit(&nic_slot(e, slots[i])->acknowledged, c->acknowledged, memory_order_release);
     if (quiet) madvise(e->app + VMMC_APP_RINGS + (uint64_t)slots[i] * VMMC_RING, VMMC_RING, MADV_REMOVE);
     _Atomic uint32_t *taken = &nic_slot(e, slots[i])->ring_taken;
     /* release: the pages are gone before the program may store there */

@@ -280,3 +280,35 @@ def test_wherever_the_programs_buffer_lies_in_its_page(two_nodes: Cluster) -> No
     """Bytes are copied in another way where source and destination lie close within their pages."""
     distances, lengths = [0, 1, 16, 31, 127, 128, 4095], [1, 2047, 2048, 2049, 4096, 6145, 65536, 65543]
     assert two_nodes.node(0).python(placed, distances, lengths) == len(distances) * len(lengths)
+
+
+def read_slowly(port: int, receive_buffer: int) -> int:
+    """Accepts one connection and reads all that it gets, in small parts; how much."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        listener.bind(("", port))
+        listener.listen()
+        connection, _ = listener.accept()
+        got = 0
+        with connection:
+            while part := connection.recv(receive_buffer // 4):
+                got += len(part)
+                time.sleep(0.0005)  # slower than what fills the buffers, and the test is about what is full
+        return got
+
+
+def send(host: str, port: int, length: int) -> None:
+    """Sends so many bytes in one call."""
+    with socket.create_connection((host, port)) as connection:
+        connection.sendall(bytes(length))
+
+
+def test_a_writer_sleeps_until_a_quarter_of_its_buffer_is_free(two_nodes: Cluster) -> None:
+    """However small the parts are in which a slow reader makes room."""
+    length, quarter = 16 << 20, 256 << 10
+    reading = two_nodes.node(1).submit(read_slowly, 7531, 64 << 10)
+    two_nodes.node(1).wait_for_port(7531)
+    before = two_nodes.node(0).counters()["app_sleeps"]
+    two_nodes.node(0).python(send, "node1", 7531, length)
+    assert reading.result(60) == length
+    assert two_nodes.node(0).counters()["app_sleeps"] - before < 2 * length // quarter
