@@ -33,7 +33,8 @@ enum {
   VMMC_IDLE_TURNS_MAX = 64,        /* that count */
   VMMC_IDLE_BUDGET_FIRST = 8,      /* looks: the least that is worth beginning with */
   VMMC_IDLE_BUDGET_MAX = 256, /* about as long as is worthwhile */
-  VMMC_IDLE_PATIENCE_NS = 500000,  /* a yield longer than this: the core is contended */
+  VMMC_IDLE_PATIENCE_NS = 1000000, /* a yield longer than this: the core is contended.  Who computes keeps it for a
+                                      slice, 1.4 ms or more; who does a little now and then returns it before */
   VMMC_IDLE_BAN_NS = 8000000,      /* the first ban; each further one is four times as long, up to: */
   VMMC_IDLE_BAN_MAX_NS = 512000000,
   VMMC_IDLE_CLEAN = 1000,          /* prompt yields in a row after which the ban shrinks to its first */
