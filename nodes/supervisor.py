@@ -223,14 +223,18 @@ class Supervisor:
         node.waiting.clear()
         if self._up or not all(each.ready for each in self._nodes):
             return
-        self._up = True
         description = lifecycle.Description(
             self._place.cluster, self._count, time.time(), processes.boot_id(),
             self._owner or None, self._owner_start,
         )  # fmt: skip
         draft = self._place.description.with_suffix(".draft")
-        draft.write_text(description.as_json(), encoding="utf-8")
+        try:
+            draft.write_text(description.as_json(), encoding="utf-8")
+        except OSError as error:
+            self._fail(_not_started(self._place, error))
+            return
         draft.rename(self._place.description)
+        self._up = True
         try:
             os.write(1, lifecycle.answer(ready=True))
         except BrokenPipeError:
@@ -768,7 +772,7 @@ def main(cluster: str, nodes: int, runtime: str, owner: int) -> int:
         become_subreaper()
         failure = Supervisor(place, nodes, owner, lock).run()
     except OSError as error:
-        failure = str(error)
+        failure = _not_started(place, error)
     finally:  # also for what nobody thought of
         clean_up(place, lock)
     return refuse(failure) if failure else 0
@@ -791,6 +795,11 @@ def succeed(cluster: str, nodes: int, runtime: str) -> int:
     Supervisor(place, nodes, 0, lock).succeed()
     clean_up(place, lock)
     return 0
+
+
+def _not_started(place: paths.ClusterPaths, error: OSError) -> str:
+    where = Path(error.filename or place.runtime)
+    return str(paths.not_recorded(where, error, "nothing was started").strerror)
 
 
 def clean_up(place: paths.ClusterPaths, lock: int) -> None:

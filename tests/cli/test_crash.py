@@ -967,6 +967,25 @@ def test_what_finds_no_room_on_a_full_disk_says_where(cli: Cli, with_own_mounts:
     assert done.stdout.count("done\n") == 4
 
 
+@pytest.mark.parametrize("left_kib", [0, 64], ids=["from the start", "on the way"])
+def test_up_on_a_full_disk_says_where(cli: Cli, with_own_mounts: list[str], left_kib: int) -> None:
+    """A page for each file: 64 KiB are less than eight nodes write before they are up."""
+    v = " ".join(cli.command())
+    script = (
+        "mkdir $D && mount -t tmpfs -o size=1m,mode=700 tmpfs $D && export VMMC_RUNTIME_DIR=$D;"
+        f"head -c {1024 - left_kib}k /dev/zero > $D/filler 2>/dev/null;"
+        f"{v} up --nodes 8; echo status $?; ls $D;"
+        f"rm $D/filler; {v} up --nodes 8 > /dev/null && {v} down; umount $D; rmdir $D"
+    )
+    done = subprocess.run(
+        [*with_own_mounts, "sh", "-c", script], capture_output=True, text=True, timeout=90, check=False,
+        env={**os.environ, "D": f"/tmp/{cli.cluster}"},
+    )  # fmt: skip
+    assert done.stderr.startswith(f"Error: /tmp/{cli.cluster}/{cli.cluster}"), done.stderr
+    assert "No space left on device: nothing was started; free some space there" in done.stderr
+    assert done.stdout.splitlines() == ["status 1", "filler", f"Cluster '{cli.cluster}' is down."]
+
+
 def asked(cli: Cli, **message: object) -> socket.socket:
     """A request to the supervisor, whose answer somebody else waits for."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
