@@ -798,6 +798,8 @@ def succeed(cluster: str, nodes: int, runtime: str) -> int:
 
 
 def _not_started(place: paths.ClusterPaths, error: OSError) -> str:
+    if error.strerror is None:  # a library's, in its own words
+        return str(error)
     where = Path(error.filename or place.runtime)
     return str(paths.not_recorded(where, error, "nothing was started").strerror)
 
