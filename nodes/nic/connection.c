@@ -36,10 +36,10 @@ struct half connection_half(struct endpoint *e, uint32_t slot) {
 
 bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto) {
   struct connection *c = connection_of(e, slot);
+  uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed); /* our own */
   upto = (upto + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
   if (upto > c->committed_from + VMMC_RING) upto = c->committed_from + VMMC_RING;
   while (c->committed_to < upto) { /* twice where the range goes around the ring's end */
-    uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed);
     uint64_t offset = vmmc_ring_offset(c->committed_to, base), run = VMMC_RING - offset;
     if (run > upto - c->committed_to) run = upto - c->committed_to;
     if (!segment_commit(e->nic_fd, VMMC_NIC_RINGS + (uint64_t)slot * VMMC_RING + offset, run)) return false;
@@ -49,6 +49,7 @@ bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto) {
   return true;
 }
 
+/* How much of the default buffer is allocated.  A predecessor may have been killed between the two bounds. */
 static uint64_t committed(const struct connection *c) {
   uint64_t length = c->committed_to > c->committed_from ? c->committed_to - c->committed_from : 0;
   return length < VMMC_RING ? length : VMMC_RING;

@@ -46,8 +46,8 @@ void give_back_later(struct endpoint *e, uint32_t slot) {
 /* ---- default buffers: the NIC's own ---- */
 
 static void give_back_places(struct endpoint *e, uint32_t slot, uint64_t from, uint64_t to) {
+  uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed); /* our own */
   while (from < to) {
-    uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed);
     uint64_t offset = vmmc_ring_offset(from, base), run = VMMC_RING - offset;
     if (run > to - from) run = to - from;
     /* What cannot be given back stays allocated; it costs memory, and nothing else. */
@@ -101,8 +101,10 @@ static void take_transmit_rings(struct endpoint *e, const uint32_t *slots, uint3
                  atomic_load_explicit(&a->generation, memory_order_relaxed) == c->generation &&
                  atomic_load_explicit(&a->written, memory_order_relaxed) == c->acknowledged;
     /* Also what it was not told in steps: its ring begins anew.  release: the peer has copied what was there. */
-    if (quiet) atomic_store_explicit(&nic_slot(e, slots[i])->acknowledged, c->acknowledged, memory_order_release);
-    if (quiet) madvise(e->app + VMMC_APP_RINGS + (uint64_t)slots[i] * VMMC_RING, VMMC_RING, MADV_REMOVE);
+    if (quiet) {
+      atomic_store_explicit(&nic_slot(e, slots[i])->acknowledged, c->acknowledged, memory_order_release);
+      madvise(e->app + VMMC_APP_RINGS + (uint64_t)slots[i] * VMMC_RING, VMMC_RING, MADV_REMOVE);
+    }
     _Atomic uint32_t *taken = &nic_slot(e, slots[i])->ring_taken;
     /* release: the pages are gone before the program may store there */
     atomic_store_explicit(taken, atomic_load_explicit(taken, memory_order_relaxed) + 1, memory_order_release);
