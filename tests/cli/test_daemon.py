@@ -179,6 +179,36 @@ def test_another_user_gets_nowhere(cluster: Cluster, segments: Segments) -> None
     assert done.stdout == "refused\n"
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_another_user_reaches_no_program(cluster: Cluster) -> None:
+    """Its placeholders are a Unix socket that listens, and the kernel tells everybody its name."""
+    with cluster.node(0).popen(
+        [sys.executable, "-c", f"{LISTEN.rstrip()}\nprint(input())"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as program:  # fmt: skip
+        assert program.stdout and program.stdout.readline() == "ready\n"
+        lines = Path("/proc/net/unix").read_text().splitlines()[1:]
+        names = [columns[7] for line in lines if f"vmmc-placeholder.{program.pid}." in (columns := line.split())[-1]]
+        assert names, lines
+        code = (
+            "import socket, sys\n"
+            "for name in sys.argv[1:]:\n"
+            "    with socket.socket(socket.AF_UNIX) as s:\n"
+            "        try: s.connect(name.replace('@', '\\0', 1)); print('connected to', name)\n"
+            "        except OSError: pass\n"
+            "print('done')\n"
+        )
+        done = subprocess.run(
+            ["/usr/bin/env", "python3", "-c", code, *names],
+            user=65534, group=65534, extra_groups=[],
+            capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+        program.communicate("bye\n")
+    if done.returncode:
+        pytest.skip(f"no Python that another user can run: {done.stderr.splitlines()[-1:]}")
+    assert done.stdout == "done\n"
+
+
 def test_a_nic_that_is_killed_comes_back(cluster: Cluster) -> None:
     before = cluster.status()["nodes"]
     os.kill(before[0]["nic_pid"], signal.SIGKILL)

@@ -3,6 +3,7 @@
 #include "descriptors.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,7 +26,7 @@ static _Atomic uint32_t open_sockets;
 static int base_fd = -1;                    /* the listening socket that placeholders duplicate */
 static bool base_unsure;                    /* a fork may have closed it */
 static _Atomic int32_t owner_pid;           /* whose table this is */
-static const char base_name[] = "\0vmmc."; /* how the base socket's address begins */
+static const char base_name[] = "vmmc-placeholder."; /* how the base socket's name begins, see base_bind */
 
 /* ---- files ---- */
 
@@ -164,26 +165,53 @@ bool descriptor_is_borrowed(void) {
 bool descriptor_is_placeholder(int fd) {
   struct sockaddr_un name;
   socklen_t length = sizeof name;
-  if (REAL(getsockname)(fd, (struct sockaddr *)&name, &length) < 0) return false;
-  return name.sun_family == AF_UNIX && length > offsetof(struct sockaddr_un, sun_path) + sizeof base_name - 1 &&
-         !memcmp(name.sun_path, base_name, sizeof base_name - 1);
+  if (REAL(getsockname)(fd, (struct sockaddr *)&name, &length) < 0 || name.sun_family != AF_UNIX) return false;
+  if (length <= offsetof(struct sockaddr_un, sun_path)) return false;
+  size_t count = length - offsetof(struct sockaddr_un, sun_path);
+  if (count > sizeof name.sun_path) count = sizeof name.sun_path;
+  if (!name.sun_path[0]) return count >= sizeof base_name && !memcmp(name.sun_path + 1, base_name, sizeof base_name - 1);
+  const char *directory = memrchr(name.sun_path, '/', count);
+  if (!directory) return false;
+  count -= (size_t)(directory + 1 - name.sun_path);
+  return count >= sizeof base_name - 1 && !memcmp(directory + 1, base_name, sizeof base_name - 1);
+}
+
+/*
+ * Names the base socket, which has to have a name to listen, where nobody reaches it: in the cluster's directory,
+ * which only its user enters, and from where the name goes at once; the kernel goes on telling it.  Where that
+ * cannot be had (a full disk, no /proc) the same name is an abstract one.  The pid is for people who look at
+ * /proc/net/unix; the random part keeps pid namespaces apart.
+ */
+static int base_bind(int fd) {
+  uint32_t random = 0;
+  /* Not the C library's: that is a cancellation point, and we have a lock. */
+  if (sys_call(SYS_getrandom, (long)&random, sizeof random, 0, 0, 0, 0) < 0) random = (uint32_t)vmmc_now_ns();
+  char base[sizeof base_name + 32], path[PATH_MAX];
+  snprintf(base, sizeof base, "%s%d.%08x", base_name, getpid(), random);
+  struct sockaddr_un name = {.sun_family = AF_UNIX};
+  const char *daemon = getenv("VMMC_SOCKET"), *end = daemon ? strrchr(daemon, '/') : NULL;
+  snprintf(path, sizeof path, "%.*s", end ? (int)(end - daemon) : 0, daemon ? daemon : "");
+  int directory = (int)sys_call(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0, 0);
+  if (directory >= 0) {
+    /* By the descriptor: the directory's own path may be as long as an address may be. */
+    snprintf(name.sun_path, sizeof name.sun_path, "/proc/self/fd/%d/%s", directory, base);
+    int bound = REAL(bind)(fd, (struct sockaddr *)&name, sizeof name);
+    if (bound == 0) sys_call(SYS_unlinkat, directory, (long)base, 0, 0, 0, 0);
+    sys_close(directory);
+    if (bound == 0) return 0;
+  }
+  memset(name.sun_path, 0, sizeof name.sun_path);
+  int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "%s", base);
+  return REAL(bind)(fd, (struct sockaddr *)&name, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + length));
 }
 
 static int base_open(void) {
   if (base_unsure && (!endpoint_descriptor_is_private(base_fd) || !descriptor_is_placeholder(base_fd))) base_fd = -1;
   base_unsure = false;
   if (base_fd >= 0) return base_fd;
-  struct sockaddr_un name = {.sun_family = AF_UNIX};
   int fd = REAL(socket)(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd < 0) return -1;
-  /* The pid is for people who look at /proc/net/unix; the random part keeps pid namespaces apart. */
-  uint64_t random = 0;
-  /* Not the C library's: that is a cancellation point, and we have a lock. */
-  if (sys_call(SYS_getrandom, (long)&random, sizeof random, 0, 0, 0, 0) < 0) random = vmmc_now_ns();
-  int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "%s%d.%016llx", base_name + 1, getpid(),
-                        (unsigned long long)random);
-  if (REAL(bind)(fd, (struct sockaddr *)&name, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + length)) < 0 ||
-      REAL(listen)(fd, 0) < 0) {
+  if (base_bind(fd) < 0 || REAL(listen)(fd, 0) < 0) {
     int error = errno;
     sys_close(fd);
     errno = error;
