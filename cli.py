@@ -210,6 +210,8 @@ def status(place: paths.ClusterPaths, as_json: bool) -> None:
     show_lines(_node_table(found, with_state=True))
     if lost := lifecycle.lost_nodes(place, found):
         click.echo(_mending(place, lost, found))
+    if stopped := found["stopped_pids"]:
+        click.echo(_stopped(stopped, found))
     replaced = [("", "supervisor", found["supervisor_restarts"])] + [
         (node["name"], "NIC" if what == "nic" else what, node["restarts"][what])
         for node in found["nodes"]
@@ -236,6 +238,18 @@ def _mending(place: paths.ClusterPaths, lost: list[int], found: dict[str, Any]) 
     return (
         f"{', '.join(map(names.node_name, lost))}: the daemon and the supervisor died together: {meaning};"
         f" `{command} kill {which}` and then `{command} start {which}` mend it, and end what runs there."
+    )
+
+
+def _stopped(pids: list[int], found: dict[str, Any]) -> str:
+    """Who was stopped by a signal, and how to let it go on."""
+    whose = {found["supervisor_pid"]: "the supervisor"}
+    for node in found["nodes"]:
+        whose[node["daemon_pid"]] = f"{node['name']}'s daemon"
+        whose[node["nic_pid"]] = f"{node['name']}'s NIC"
+    return (
+        f"Stopped by a signal: {', '.join(whose[pid] for pid in pids)};"
+        f" `kill -CONT {' '.join(map(str, pids))}` lets {'it' if len(pids) == 1 else 'them'} go on."
     )
 
 

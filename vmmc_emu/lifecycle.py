@@ -458,6 +458,7 @@ def status(place: ClusterPaths) -> dict[str, Any]:
     description = describe(place)
     off = {node for node, given in power.ever_off(place).items() if not given.on}
     found = processes.recorded(place, processes.SUPERVISOR, processes.DAEMON, processes.NIC)
+    stopped = sorted(process.pid for process in found if process.is_stopped())
     daemons = {process.node: process.pid for process in found if process.kind == processes.DAEMON}
     nics = {process.node: process.pid for process in found if process.kind == processes.NIC}
     supervisor = next((process.pid for process in found if process.kind == processes.SUPERVISOR), None)
@@ -465,6 +466,8 @@ def status(place: ClusterPaths) -> dict[str, Any]:
     for node in range(description.nodes):
         daemon, nic = daemons.get(node), nics.get(node)
         state = "up" if daemon and nic else "no daemon" if nic else "no NIC" if daemon else "down"
+        if state == "up" and not {daemon, nic}.isdisjoint(stopped):
+            state = "stopped"
         if node in off:
             state = "off"
         restarts = {
@@ -486,7 +489,7 @@ def status(place: ClusterPaths) -> dict[str, Any]:
     if supervisor is None:
         state = "down" if states == {"down"} else "unsupervised" if daemons else "abandoned"
     else:
-        state = "up" if states == {"up"} else "degraded"
+        state = "up" if states == {"up"} and supervisor not in stopped else "degraded"
     return {
         "cluster": place.cluster,
         "state": state,
@@ -494,6 +497,7 @@ def status(place: ClusterPaths) -> dict[str, Any]:
         "supervisor_restarts": processes.restarts(place, processes.SUPERVISOR),
         "uptime_s": round(max(0.0, time.time() - description.started), 1),
         "runtime": str(place.runtime),
+        "stopped_pids": stopped,
         "nodes": nodes,
     }
 

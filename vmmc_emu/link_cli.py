@@ -216,8 +216,8 @@ def partition(place: ClusterPaths, groups: tuple[str, ...]) -> None:
 
     Nodes that are not named are one more group.  `heal` ends it.
 
-    Quote braces: a shell takes them away and makes a group of each node.  Three nodes or more, each bare,
-    are refused for that reason.
+    Quote braces: a shell takes them away and makes a group of each node.  Several bare nodes that would
+    make three groups or more are refused for that reason.
 
     \b
       vmmc-emu partition 0-2 3-7
@@ -226,13 +226,14 @@ def partition(place: ClusterPaths, groups: tuple[str, ...]) -> None:
       vmmc-emu partition '{0}' '{1}' '{2}'  each of these by itself
     """
     count = lifecycle.describe_running(place).nodes
-    if len(groups) > 2 and all(_BARE_NODE.fullmatch(each) for each in groups):
+    found = links.groups_of(groups, count)
+    bare = [each for each in groups if _BARE_NODE.fullmatch(each)]
+    if len(found) > 2 and len(bare) > 1:
         raise click.UsageError(
-            "each group here is one node, as when a shell has taken braces away: quote them,"
+            f"{', '.join(bare)}: groups of one node each, as when a shell has taken braces away: quote them,"
             " as in '{0,1,2}' '{3,4}', or write 0,1,2 or 0-2 3-7.  To isolate each node on purpose:"
             " '{0}' '{1}' '{2}', which a shell leaves as they are."
         )
-    found = links.groups_of(groups, count)
     links.partition(place, found)
     click.echo(" | ".join("{" + ",".join(map(str, group)) + "}" for group in found))
 

@@ -469,6 +469,29 @@ def test_a_supervisor_that_is_killed_while_a_node_loses_its_power(
     client.end()
 
 
+@pytest.mark.parametrize("who", ["NIC", "daemon", "supervisor"])
+def test_status_says_what_is_stopped_and_how_it_goes_on(cli: Cli, who: str) -> None:
+    cli.ok("up", "--nodes", 2)
+    before = json.loads(cli.ok("status", "--json"))
+    assert before["stopped_pids"] == []
+    node = before["nodes"][1]
+    pid = {"NIC": node["nic_pid"], "daemon": node["daemon_pid"], "supervisor": before["supervisor_pid"]}[who]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        now = json.loads(cli.ok("status", "--json"))
+        assert (now["state"], now["stopped_pids"]) == ("degraded", [pid])
+        states = ["up", "up" if who == "supervisor" else "stopped"]
+        assert [each["state"] for each in now["nodes"]] == states
+        name = "the supervisor" if who == "supervisor" else f"node1's {who}"
+        hint = f"Stopped by a signal: {name}; `kill -CONT {pid}` lets it go on."
+        assert hint in cli.ok("status").splitlines()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: json.loads(cli.ok("status", "--json"))["state"] == "up")
+    assert "Stopped" not in cli.ok("status")
+
+
 def test_power_from_the_command_line(cli: Cli) -> None:
     cli.ok("up", "--nodes", 3)
     assert cli.ok("node", "kill", "1-2") == "node1 is off.\nnode2 is off.\n"

@@ -203,7 +203,9 @@ def test_a_partition_and_its_end(cluster: Cluster) -> None:
         assert words in done.stderr
 
 
-@pytest.mark.parametrize("groups", ["{0,1,2} {3,4,5,6,7}", "node{0,1} node{2,3}", "{0..2} {3..7}"])
+@pytest.mark.parametrize(
+    "groups", ["{0,1,2} {3,4,5,6,7}", "node{0,1} node{2,3}", "{0..2} {3..7}", "{0,1,2} 3-7", "{0,1}"]
+)
 def test_braces_that_a_shell_took_away(cluster: Cluster, groups: str) -> None:
     """They were meant as groups: nothing is cut, and it is said what to write."""
     command = f'"$0" -P -m vmmc_emu.cli --cluster {cluster.name} partition {groups}'
@@ -226,7 +228,7 @@ def test_braces_that_are_quoted(cluster: Cluster) -> None:
     assert "empty" in _run(cluster, "partition", "{}", "3-7").stderr
     assert wires.present(cluster.place) == {}
     assert _done(cluster, "partition", "{0}", "{1}", "{2}") == "{0} | {1} | {2} | {3,4,5,6,7}\n"
-    assert _done(cluster, "partition", "0", "1") == "{0} | {1} | {2,3,4,5,6,7}\n"
+    assert _done(cluster, "partition", "0", "1-7") == "{0} | {1,2,3,4,5,6,7}\n"
     cluster.partition([0], [1], [2], [3], [4], [5], [6], [7])
     assert len(wires.present(cluster.place)) == 8 * 7
 
