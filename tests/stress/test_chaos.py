@@ -100,7 +100,8 @@ class Chaos:
             except ClusterError:  # the node is off
                 time.sleep(0.01)
                 continue
-            if errors or status not in (0, -signal.SIGKILL):
+            # At the end it is asked to end, perhaps before it has come to say how it does.
+            if errors or status not in (0, -signal.SIGKILL, *([-signal.SIGTERM] if stop.is_set() else [])):
                 self.failures.append(f"mortal server {how} on node{node}: {(status, errors)}")
                 return
             self.done["servers killed"] += 1
