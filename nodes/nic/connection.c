@@ -197,7 +197,7 @@ static void finish(struct endpoint *e, uint32_t slot) {
   /* release: the app that finds it free finds everything else done with */
   atomic_store_explicit(&nic_slot(e, slot)->state, VMMC_FREE, memory_order_release);
   wake_slot(e, slot, WAKE_WRITERS); /* a close that lingers waits for this */
-  if (c->committed_to > c->committed_from) give_back_later(e, slot);
+  if (c->committed_to > c->committed_from || e->gone) give_back_later(e, slot);
 }
 
 /* A slot for a connection that this node accepts; VMMC_SLOTS: none is free. */

@@ -266,12 +266,14 @@ void endpoint_detach(uint32_t index, uint32_t serial, bool may_live) {
     control_say(VMMC_CONTROL_GONE, index, serial, 0);
     return;
   }
-  if (e->dying) return;
   if (may_live) {
-    e->wrong = "its daemon was killed before anybody else knew of it";
+    if (!e->dying) e->wrong = "its daemon was killed before anybody else knew of it";
     return;
   }
-  detach(e);
+  if (e->gone) return;
+  e->gone = true;
+  if (!e->dying) detach(e);
+  give_back_from_dead(e);
   endpoint_settle(e);
 }
 

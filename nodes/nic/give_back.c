@@ -6,6 +6,9 @@
  * it has is acknowledged.  By the next sweep nothing can arrive outside a small window, and the ring's other pages
  * go; of the transmit ring, when all of it is acknowledged, all pages.  Then the connection leaves the list until
  * it moves again: an idle cluster has nothing held, and sleeps.
+ *
+ * A program that has died leaves what it sent and its peers have not read yet.  All other pages of its rings go at
+ * the next sweep, and those of each connection when it is over.
  */
 #include <linux/membarrier.h>
 #include <string.h>
@@ -43,17 +46,22 @@ void give_back_later(struct endpoint *e, uint32_t slot) {
   if (__builtin_expect(!e->work[slot].held, 0)) hold(e, slot);
 }
 
-/* ---- default buffers: the NIC's own ---- */
-
-static void give_back_places(struct endpoint *e, uint32_t slot, uint64_t from, uint64_t to) {
-  uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed); /* our own */
+/* The pages of the stream's bytes [from, to), which is a ring's length at most, in a ring that begins with `base`. */
+static void give_back_bytes(char *ring, uint64_t base, uint64_t from, uint64_t to) {
   while (from < to) {
     uint64_t offset = vmmc_ring_offset(from, base), run = VMMC_RING - offset;
     if (run > to - from) run = to - from;
     /* What cannot be given back stays allocated; it costs memory, and nothing else. */
-    madvise(default_buffer(e, slot) + offset, run, MADV_REMOVE);
+    madvise(ring + offset, run, MADV_REMOVE);
     from += run;
   }
+}
+
+/* ---- default buffers: the NIC's own ---- */
+
+static void give_back_places(struct endpoint *e, uint32_t slot, uint64_t from, uint64_t to) {
+  uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed); /* our own */
+  give_back_bytes(default_buffer(e, slot), base, from, to);
 }
 
 void give_back_unused(struct endpoint *e, uint32_t slot) {
@@ -85,6 +93,28 @@ static void give_back_all(struct endpoint *e, uint32_t slot) {
 
 /* ---- transmit rings: the program's, see "Idle rings" in vmmc_layout.h ---- */
 
+static char *transmit_ring(struct endpoint *e, uint32_t slot) {
+  return e->app + VMMC_APP_RINGS + (uint64_t)slot * VMMC_RING;
+}
+
+/* Of a program that is gone: all but what its peer may have to copy yet. */
+static void give_back_left(struct endpoint *e, uint32_t slot, const struct half *h) {
+  struct connection *c = connection_of(e, slot);
+  if (c->state == CONNECTION_NONE) {
+    give_back_all(e, slot);
+    give_back_bytes(transmit_ring(e, slot), 0, 0, VMMC_RING);
+    return;
+  }
+  uint64_t base = atomic_load_explicit(&app_slot(e, slot)->ring_base, memory_order_relaxed); /* whatever it says */
+  uint64_t from = c->acknowledged / VMMC_PAGE * VMMC_PAGE, to = (h->written + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
+  if (to - from < VMMC_RING) give_back_bytes(transmit_ring(e, slot), base, to, from + VMMC_RING);
+}
+
+void give_back_from_dead(struct endpoint *e) {
+  for (uint32_t slot = 0; slot < e->own->active_end; slot++) give_back_later(e, slot);
+  for (uint32_t slot = VMMC_ACTIVE_SLOTS; slot < e->own->passive_end; slot++) give_back_later(e, slot);
+}
+
 static void take_transmit_rings(struct endpoint *e, const uint32_t *slots, uint32_t count) {
   if (!count || !app_header(e)->barriers) return;
   for (uint32_t i = 0; i < count; i++) {
@@ -103,7 +133,7 @@ static void take_transmit_rings(struct endpoint *e, const uint32_t *slots, uint3
     /* Also what it was not told in steps: its ring begins anew.  release: the peer has copied what was there. */
     if (quiet) {
       atomic_store_explicit(&nic_slot(e, slots[i])->acknowledged, c->acknowledged, memory_order_release);
-      madvise(e->app + VMMC_APP_RINGS + (uint64_t)slots[i] * VMMC_RING, VMMC_RING, MADV_REMOVE);
+      madvise(transmit_ring(e, slots[i]), VMMC_RING, MADV_REMOVE);
     }
     _Atomic uint32_t *taken = &nic_slot(e, slots[i])->ring_taken;
     /* release: the pages are gone before the program may store there */
@@ -127,6 +157,10 @@ static bool settle(struct endpoint *e, uint32_t slot, bool *quiet) {
   struct slot_work *work = &e->work[slot];
   struct half h = connection_half(e, slot);
   bool free = c->state == CONNECTION_NONE;
+  if (e->gone) {
+    give_back_left(e, slot, &h);
+    return true;
+  }
   /* Positions only grow: their sum stands still when none of them moves. */
   uint64_t seen = free ? UINT64_MAX - c->generation : h.written + h.consumed + c->transmitted + c->placed + 1;
   if (work->seen != seen) {

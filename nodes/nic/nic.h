@@ -83,7 +83,8 @@ struct command_work {
 struct endpoint {
   uint32_t index, serial;
   int32_t pid;
-  bool dying; /* its process is gone: deliver, then free */
+  bool dying; /* its process is gone, or expelled: deliver, then free */
+  bool gone;  /* its process is: nobody uses its memory but NICs */
   const char *volatile wrong; /* why it is to be detached, NULL: nothing.  May be set by a signal handler */
   volatile bool replaced;     /* its segment was not there and is private zeros now (dma.c) */
   bool complained;            /* the log has a line about nonsense in its segment: one is enough */
@@ -266,6 +267,7 @@ uint64_t stream_redirected(const struct packet *p);
 void give_back_later(struct endpoint *e, uint32_t slot);  /* the slot's rings have pages, to look at when idle */
 void give_back_unused(struct endpoint *e, uint32_t slot); /* pages of the default buffer without a promise */
 void give_back_recover(struct endpoint *e, uint32_t slot);
+void give_back_from_dead(struct endpoint *e);             /* whose process is gone */
 int give_back_work(void);                                 /* duty */
 uint64_t give_back_due_ns(void);                          /* sleep no longer than until then; 0: no matter */
 

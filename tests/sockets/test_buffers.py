@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import select
+import signal
 import socket
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -153,6 +156,89 @@ def test_what_was_accepted_arrives_after_death(two_nodes: Cluster) -> None:
             written = two_nodes.node(1).python(abandon, "node0", int(reader.stdout.readline()))
             found, _ = reader.communicate("read\n", timeout=TIMEOUT_S)
             assert int(found) == written
+        finally:
+            reader.kill()
+
+
+CONNECTIONS, MIB = 8, 1 << 20
+
+ONE_LATE_READER = f"""
+import socket, threading
+listener = socket.create_server(("0.0.0.0", 0))
+print(listener.getsockname()[1], flush=True)
+connections = [listener.accept()[0] for _ in range({CONNECTIONS})]
+def echo(connection):
+    count = 0
+    while count < {MIB}:
+        count += len(data := connection.recv(1 << 16))
+        connection.sendall(data)
+threads = [threading.Thread(target=echo, args=(each,)) for each in connections[1:]]
+for each in threads: each.start()
+for each in threads: each.join()
+input()
+count = 0
+while data := connections[0].recv(1 << 16):
+    count += len(data)
+print(count, flush=True)
+input()
+"""
+
+DIES_WITH_FULL_RINGS = f"""
+import os, signal, socket, sys, threading
+connections = [socket.create_connection(("node0", int(sys.argv[1]))) for _ in range({CONNECTIONS})]
+def exchange(connection):
+    writer = threading.Thread(target=connection.sendall, args=(bytes({MIB}),))
+    writer.start()
+    left = {MIB}
+    while left:
+        left -= len(connection.recv(1 << 16))
+    writer.join()
+threads = [threading.Thread(target=exchange, args=(each,)) for each in connections[1:]]
+for each in threads: each.start()
+for each in threads: each.join()
+connections[0].setblocking(False)
+sent = 0
+while sent < 1 << 18:
+    try: sent += connections[0].send(bytes(4096))
+    except BlockingIOError: pass
+print(sent, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def allocated(cluster: Cluster, besides: set[str]) -> int:
+    """Bytes of memory that segments of programs have, but for these."""
+    found = 0
+    for name in set(cluster.place.segments()) - besides:
+        with contextlib.suppress(FileNotFoundError):
+            found += Path("/dev/shm", name).stat().st_blocks * 512 if ".ep" in name else 0
+    return found
+
+
+def test_a_dead_program_leaves_what_its_peers_have_not_read(two_nodes: Cluster) -> None:
+    """All else of its memory goes, though one of its connections is not over; then that too."""
+    with two_nodes.node(0).popen(
+        [sys.executable, "-c", ONE_LATE_READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        try:
+            port = reader.stdout.readline().strip()
+            besides = set(two_nodes.place.segments())
+            done = two_nodes.node(1).run([sys.executable, "-c", DIES_WITH_FULL_RINGS, port], timeout=TIMEOUT_S)
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            sent = int(done.stdout)
+            deadline = time.monotonic() + TIMEOUT_S
+            while (left := allocated(two_nodes, besides)) > sent + 256 * 1024:
+                assert time.monotonic() < deadline, left
+                time.sleep(0.02)
+            assert left >= sent - 128 * 1024, "what the reader has room for has arrived, and no more"
+            reader.stdin.write("read\n")
+            reader.stdin.flush()
+            assert int(reader.stdout.readline()) == sent
+            while left := allocated(two_nodes, besides):
+                assert time.monotonic() < deadline, left
+                time.sleep(0.02)
         finally:
             reader.kill()
 
