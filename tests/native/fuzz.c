@@ -71,7 +71,20 @@ static void fail(const char *what) {
     if (!(condition)) fail(#condition); \
   } while (0)
 
+#ifdef LIBFUZZER
+static struct { const uint8_t *data; size_t size; } newest; /* input: libFuzzer keeps none whose end we report */
+
+static void keep_input(void) {
+  int file = open("failing-input", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+  if (file < 0 || write(file, newest.data, newest.size) != (ssize_t)newest.size) _exit(3);
+  close(file);
+}
+#else
+static void keep_input(void) {} /* its number is enough */
+#endif
+
 static void say_where(int signal_number) {
+  keep_input();
   char text[160];
   int n = snprintf(text, sizeof text, "fuzz: in case %llu of seed %llu%s\n", (unsigned long long)shared->current,
                    (unsigned long long)seed, signal_number == SIGALRM ? ": a turn of the NIC does not end" : "");
@@ -244,17 +257,23 @@ static char heap[HONEST_HEAP]; /* as its memory outside the window has to be */
 
 static char byte_at(uint64_t position) { return (char)((position * 0x9e3779b97f4a7c15u) >> 56); }
 
-/* Of a listener that wants nothing: whoever was accepted is sent away. */
-static void send_away(void) {
-  const struct vmmc_nic_slot *n = nic_of(honest_nic, LISTENER);
-  struct vmmc_app_slot *a = app(honest, LISTENER);
+/* Of a listener that wants nothing more: whoever was accepted is sent away. */
+static void send_away_from(uint32_t listener) {
+  const struct vmmc_nic_slot *n = nic_of(honest_nic, listener);
+  struct vmmc_app_slot *a = app(honest, listener);
   for (uint64_t end = n->placed; a->consumed < end; a->consumed += sizeof(struct vmmc_accept_entry)) {
     struct vmmc_accept_entry entry;
-    memcpy(&entry, honest_nic + VMMC_NIC_RINGS + a->consumed % VMMC_RING, sizeof entry);
+    memcpy(&entry, honest_nic + VMMC_NIC_RINGS + listener * (uint64_t)VMMC_RING + a->consumed % VMMC_RING, sizeof entry);
     take(honest, entry.slot, entry.generation);
     app(honest, entry.slot)->shut = VMMC_CLOSED | VMMC_ABORT;
   }
-  ring(honest, LISTENER);
+  ring(honest, listener);
+}
+
+/* At the port of its own stream as well: a request that was scribbled over may have asked for that one. */
+static void send_away(void) {
+  send_away_from(LISTENER);
+  send_away_from(STREAM_LISTENER);
 }
 
 static void start_honest(void) {
@@ -521,12 +540,29 @@ static void begin(struct input *in) {
   rest();
 }
 
+static void say_open(const struct endpoint *e) {
+  for (uint32_t slot = 0; slot < VMMC_SLOTS; slot++) {
+    if (slot == e->own->active_end && slot < VMMC_ACTIVE_SLOTS) slot = VMMC_ACTIVE_SLOTS;
+    if (slot == e->own->passive_end && slot >= VMMC_ACTIVE_SLOTS) break;
+    const struct connection *c = &e->own->connection[slot];
+    if (c->state == CONNECTION_NONE) continue;
+    dprintf(said, "fuzz: slot %u: state %u, flags %#x, port %u to %u of slot %u (endpoint %u), transmitted %llu,"
+                  " acknowledged %llu, may %llu, placed %llu, told %llu\n",
+            slot, c->state, c->flags, c->local.port, c->peer.port, c->far.slot, c->far.endpoint,
+            (unsigned long long)c->transmitted, (unsigned long long)c->acknowledged, (unsigned long long)c->far_limit,
+            (unsigned long long)c->placed, (unsigned long long)c->told);
+  }
+}
+
 /* Its process has ended: nothing of it stays. */
 static void end_hostile(void) {
   tell_one(VMMC_CONTROL_DETACH, HOSTILE, shared->serial, 0, -1);
   raise(SIGIO);
   for (int i = 0; nic.endpoint[HOSTILE]; i++) {
-    if (i == 50) fail("the hostile program's endpoint does not end");
+    if (i == 50) {
+      say_open(nic.endpoint[HOSTILE]);
+      fail("the hostile program's endpoint does not end");
+    }
     rest();
     send_away();
   }
@@ -662,6 +698,17 @@ static void must_be_expelled(void) {
   if (nic.endpoint[HOSTILE]) fail("it was not detached");
 }
 
+/* More than its peer has room for: it stays until the peer ends the connection, and no longer. */
+static void written_where_nobody_reads(void) {
+  for (uint32_t slot = 0; slot < 3; slot++) {
+    take(hostile, slot, 1);
+    request(hostile, slot, VMMC_REQUEST_CONNECT, slot ? STREAM_PORT : PORT, 0, 0);
+    rest();
+    app(hostile, slot)->written = VMMC_RING;
+    ring(hostile, slot);
+  }
+}
+
 /* The number of commands goes back: two sends waited for each other. */
 static void commands_go_back(void) {
   post(hostile, &(struct vmmc_command){ .op = VMMC_OP_NOP });
@@ -781,7 +828,7 @@ static const struct {
   { "commands-go-back", commands_go_back }, { "too-many-commands", too_many_commands },
   { "cut-short", cut_short }, { "cut-short-as-well", cut_short_as_well }, { "blocking-waker", blocking_waker }, { "waker-that-is-a-pipe", waker_that_is_a_pipe },
   { "a-share-of-commands", a_share_of_commands }, { "a-share-of-doorbells", a_share_of_doorbells },
-  { "a-share-of-the-link", a_share_of_the_link },
+  { "a-share-of-the-link", a_share_of_the_link }, { "written-where-nobody-reads", written_where_nobody_reads },
 };
 
 static int again(const char *name) {
@@ -816,6 +863,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   once = true;
   shared = &here;
   snprintf(prefix, sizeof prefix, "fuzz-%d", getpid());
+  newest.data = data;
+  newest.size = size;
   run(data, size < INPUT_MAX ? size : INPUT_MAX);
   return 0;
 }
