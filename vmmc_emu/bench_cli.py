@@ -119,9 +119,9 @@ def _paths(context: click.Context, parameter: click.Parameter, value: str | None
     return names
 
 
-def _names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
-    """`connect,redis-1` as a list."""
-    return [name for name in (value or "").split(",") if name]
+def _names(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[str]:
+    """`connect,redis-1`, or several such, as a list."""
+    return [name for value in values for name in value.split(",") if name]
 
 
 @bench.command("all")
@@ -142,8 +142,9 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
     help="How long the CPU time of an idle cluster of 8 is counted.",
 )  # fmt: skip
 @click.option(
-    "--only", callback=_names, metavar="ROW,...", help="These rows, by the names that --json has for them."
-)
+    "--only", multiple=True, callback=_names, metavar="ROW,...",
+    help="These rows, by the names that --json has for them; repeats.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def everything(
