@@ -31,6 +31,7 @@
 
 #define wait_thread vmmc_i_wait_thread /* also the struct of that name */
 #define wait_put_off_end vmmc_i_wait_put_off_end
+#define wait_give_way vmmc_i_wait_give_way
 #define wait_poll vmmc_i_wait_poll
 #define wait_until vmmc_i_wait_until
 #define wait_signals_now vmmc_i_wait_signals_now

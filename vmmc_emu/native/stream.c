@@ -294,6 +294,7 @@ ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, in
       sent += (size_t)n;
       if (sent == length) {
         wait_self()->said = true;
+        wait_worked(sent);
         return (ssize_t)sent;
       }
       continue;
@@ -726,6 +727,7 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
     critical_lock(&s->receive_lock);
     ssize_t n = connection_was_dissolved(s, r.wait.dissolved) ? (r.got ? (ssize_t)r.got : -EPIPE) : receive_look(&r);
     critical_unlock(&s->receive_lock);
+    if (n > 0) wait_worked((uint64_t)n);
     if (n != -EAGAIN) return n;
     if (r.flags & MSG_DONTWAIT) return r.got ? (ssize_t)r.got : late;
     if (!deadline) deadline = connection_deadline(s->receive_timeout_ns);

@@ -141,7 +141,14 @@ static void take_turns(struct wait_thread *self) {
 bool wait_poll(void) {
   struct wait_thread *self = wait_self();
   if (!self->idle.began_ns) take_turns(self);
+  self->worked = 0;
   return vmmc_idle_poll(&self->idle);
+}
+
+void wait_give_way(void) {
+  struct wait_thread *self = wait_self();
+  self->worked = 0;
+  vmmc_idle_yield(&self->idle, vmmc_now_ns());
 }
 
 int wait_until(const struct wait_word *words, int count, bool (*ready)(void *context), void *context,

@@ -31,6 +31,7 @@ struct wait_thread {
   struct vmmc_idle idle;
   bool said;     /* since it polled last it sent all that it wanted to: it may be waiting for an answer */
   uint8_t turns; /* waits in which it was so, lately */
+  uint64_t worked; /* since it gave way last: see wait_worked */
 };
 /* This thread's.  Initial-exec, so that it may be used in a signal handler and costs no call. */
 extern _Thread_local struct wait_thread wait_thread __attribute__((tls_model("initial-exec")));
@@ -114,6 +115,17 @@ struct wait_word {
  * Its first poll gives way at once: to the peer, or to the peer's NIC.
  */
 bool wait_poll(void);
+
+/*
+ * A call moved `bytes` without a wait.  Who does so for a while gives way, once: its own NIC, or the peer's, may have
+ * yielded this core to it, and would take a yield that comes back late for a core that somebody else holds.
+ */
+void wait_give_way(void);
+static inline void wait_worked(uint64_t bytes) {
+  enum { CALL = 1024, ENOUGH = 1 << 20 }; /* a call as so many bytes; a few hundred microseconds of either */
+  wait_thread.worked += bytes + CALL;
+  if (__builtin_expect(wait_thread.worked >= ENOUGH, 0)) wait_give_way();
+}
 
 /*
  * Waits until ready(context) returns true: looks, polls a little, then sleeps on the words (1..16).
