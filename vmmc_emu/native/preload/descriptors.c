@@ -27,6 +27,7 @@ static int base_fd = -1;                    /* the listening socket that placeho
 static bool base_unsure;                    /* a fork may have closed it */
 static _Atomic int32_t owner_pid;           /* whose table this is */
 static const char base_name[] = "vmmc-placeholder."; /* how the base socket's name begins, see base_bind */
+static char base_directory[PATH_MAX];               /* where it has that name for a moment; empty: nowhere */
 
 /* ---- files ---- */
 
@@ -186,12 +187,10 @@ static int base_bind(int fd) {
   uint32_t random = 0;
   /* Not the C library's: that is a cancellation point, and we have a lock. */
   if (sys_call(SYS_getrandom, (long)&random, sizeof random, 0, 0, 0, 0) < 0) random = (uint32_t)vmmc_now_ns();
-  char base[sizeof base_name + 32], path[PATH_MAX];
+  char base[sizeof base_name + 32];
   snprintf(base, sizeof base, "%s%d.%08x", base_name, getpid(), random);
   struct sockaddr_un name = {.sun_family = AF_UNIX};
-  const char *daemon = getenv("VMMC_SOCKET"), *end = daemon ? strrchr(daemon, '/') : NULL;
-  snprintf(path, sizeof path, "%.*s", end ? (int)(end - daemon) : 0, daemon ? daemon : "");
-  int directory = (int)sys_call(SYS_openat, AT_FDCWD, (long)path, O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0, 0);
+  int directory = (int)sys_call(SYS_openat, AT_FDCWD, (long)base_directory, O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0, 0);
   if (directory >= 0) {
     /* By the descriptor: the directory's own path may be as long as an address may be. */
     snprintf(name.sun_path, sizeof name.sun_path, "/proc/self/fd/%d/%s", directory, base);
@@ -203,6 +202,11 @@ static int base_bind(int fd) {
   memset(name.sun_path, 0, sizeof name.sun_path);
   int length = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "%s", base);
   return REAL(bind)(fd, (struct sockaddr *)&name, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + length));
+}
+
+void descriptor_begin(const char *socket) {
+  const char *end = strrchr(socket, '/');
+  snprintf(base_directory, sizeof base_directory, "%.*s", end ? (int)(end - socket) : 0, socket);
 }
 
 static int base_open(void) {

@@ -91,6 +91,7 @@ struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instan
 
 /* A placeholder for a new socket: the number, or -1 with errno. */
 int descriptor_placeholder(bool close_on_exec);
+void descriptor_begin(const char *socket); /* the daemon's, in whose directory placeholders have their name */
 bool descriptor_is_placeholder(int fd); /* by its name: one inherited counts too */
 
 /* Puts a file at a number that the kernel just gave us; what stood there before is closed.

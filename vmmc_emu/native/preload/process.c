@@ -389,6 +389,7 @@ void process_begin(void) {
   }
   keep_environment();
   names_begin(daemon);
+  descriptor_begin(daemon);
   close_inherited();
   pthread_atfork(before_fork, in_parent, in_child);
   process_on_node = true;
