@@ -225,7 +225,8 @@ def test_a_dead_program_leaves_what_its_peers_have_not_read(two_nodes: Cluster) 
         try:
             port = reader.stdout.readline().strip()
             besides = set(two_nodes.place.segments())
-            done = two_nodes.node(1).run([sys.executable, "-c", DIES_WITH_FULL_RINGS, port], timeout=TIMEOUT_S)
+            dies = [sys.executable, "-c", DIES_WITH_FULL_RINGS, port]
+            done = two_nodes.node(1).run(dies, timeout=TIMEOUT_S)
             assert done.returncode == -signal.SIGKILL, done.stderr
             sent = int(done.stdout)
             deadline = time.monotonic() + TIMEOUT_S
