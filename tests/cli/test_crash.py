@@ -960,7 +960,7 @@ def test_a_full_disk_stops_nobody(cli: Cli, with_own_mounts: list[str]) -> None:
 def test_what_finds_no_room_on_a_full_disk_says_where(cli: Cli, with_own_mounts: list[str]) -> None:
     """And that nothing was changed, which is so."""
     v = " ".join(cli.command())
-    changes = ("link set node0 node1 loss 1%", "partition 0 1", "node kill 1", "node start 2")
+    changes = ("link set node0 node1 loss 1%", "partition 0 1-2", "node kill 1", "node start 2")
     script = (
         "mkdir $D && mount -t tmpfs -o size=1m,mode=700 tmpfs $D && export VMMC_RUNTIME_DIR=$D;"
         f"{v} up --nodes 3 > /dev/null; {v} node kill 2; head -c 4m /dev/zero > $D/filler 2>/dev/null;"
