@@ -248,7 +248,7 @@ def _stopped(pids: list[int], found: dict[str, Any]) -> str:
         whose[node["daemon_pid"]] = f"{node['name']}'s daemon"
         whose[node["nic_pid"]] = f"{node['name']}'s NIC"
     return (
-        f"Stopped by a signal: {', '.join(whose[pid] for pid in pids)};"
+        f"Stopped by a signal: {', '.join(whose.get(pid, f'process {pid}') for pid in pids)};"
         f" `kill -CONT {' '.join(map(str, pids))}` lets {'it' if len(pids) == 1 else 'them'} go on."
     )
 

@@ -35,6 +35,7 @@ struct half connection_half(struct endpoint *e, uint32_t slot) {
 /* ---- memory ---- */
 
 bool connection_commit(struct endpoint *e, uint32_t slot, uint64_t upto) {
+  if (e->gone) return true; /* what comes is not stored */
   struct connection *c = connection_of(e, slot);
   uint64_t base = atomic_load_explicit(&nic_slot(e, slot)->ring_base, memory_order_relaxed); /* our own */
   upto = (upto + VMMC_PAGE - 1) / VMMC_PAGE * VMMC_PAGE;
@@ -891,6 +892,7 @@ static void take_placed(struct endpoint *e, uint32_t slot, uint64_t placed) {
   if (placed <= c->acknowledged || placed > c->transmitted) return;
   c->acknowledged = placed;
   tell_acknowledged(e, slot);
+  if (e->gone) give_back_later(e, slot);
 }
 
 static void take_limit(struct endpoint *e, uint32_t slot, uint64_t limit) {

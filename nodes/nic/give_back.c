@@ -8,7 +8,7 @@
  * it moves again: an idle cluster has nothing held, and sleeps.
  *
  * A program that has died leaves what it sent and its peers have not read yet.  All other pages of its rings go at
- * the next sweep, and those of each connection when it is over.
+ * the next sweep, those of each connection as its peer takes more, and the rest when it is over.
  */
 #include <linux/membarrier.h>
 #include <string.h>
@@ -97,11 +97,11 @@ static char *transmit_ring(struct endpoint *e, uint32_t slot) {
   return e->app + VMMC_APP_RINGS + (uint64_t)slot * VMMC_RING;
 }
 
-/* Of a program that is gone: all but what its peer may have to copy yet. */
+/* Of a program that is gone: all but what its peer may have to copy yet.  What comes is not stored (stream.c). */
 static void give_back_left(struct endpoint *e, uint32_t slot, const struct half *h) {
   struct connection *c = connection_of(e, slot);
+  give_back_all(e, slot);
   if (c->state == CONNECTION_NONE) {
-    give_back_all(e, slot);
     give_back_bytes(transmit_ring(e, slot), 0, 0, VMMC_RING);
     return;
   }

@@ -84,7 +84,7 @@ struct endpoint {
   uint32_t index, serial;
   int32_t pid;
   bool dying; /* its process is gone, or expelled: deliver, then free */
-  bool gone;  /* its process is: nobody uses its memory but NICs */
+  bool gone;  /* its daemon says that its process is: what it left in memory is for NICs only */
   const char *volatile wrong; /* why it is to be detached, NULL: nothing.  May be set by a signal handler */
   volatile bool replaced;     /* its segment was not there and is private zeros now (dma.c) */
   bool complained;            /* the log has a line about nonsense in its segment: one is enough */

@@ -191,6 +191,9 @@ def test_another_user_reaches_no_program(cluster: Cluster) -> None:
         ours = f"vmmc-placeholder.{program.pid}."
         names = [columns[-1] for line in lines if ours in (columns := line.split())[-1]]
         assert names, lines
+        assert not [name for name in names if name.startswith("@")], "an abstract one has no directory"
+        assert not list(cluster.place.runtime.glob("vmmc-placeholder*"))
+        names += [str(cluster.place.runtime / name.rpartition("/")[2]) for name in names]
         code = (
             "import socket, sys\n"
             "for name in sys.argv[1:]:\n"

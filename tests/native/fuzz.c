@@ -75,7 +75,9 @@ static void fail(const char *what) {
 static struct { const uint8_t *data; size_t size; } newest; /* input: libFuzzer keeps none whose end we report */
 
 static void keep_input(void) {
-  int file = open("failing-input", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+  char name[40];
+  snprintf(name, sizeof name, "failing-input-%d", getpid());
+  int file = open(name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
   if (file < 0 || write(file, newest.data, newest.size) != (ssize_t)newest.size) _exit(3);
   close(file);
 }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from vmmc_emu import Cluster
 
@@ -154,3 +157,17 @@ for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
         *asked,
         *asked,
     ]
+
+
+def test_the_first_thread_has_ended(two_nodes: Cluster, program: Callable[..., str]) -> None:
+    """Nothing goes by /proc/self, which is that thread's: not even the name of the placeholders' socket."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with two_nodes.node(0).popen([program("leader_gone")], **pipes) as process:
+        assert process.stdout
+        said = [process.stdout.readline() for _ in range(7)]
+        names = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()]
+        process.communicate("\n", timeout=30)
+    calls = ("bind 0", "listen 0", "connect 0", "close_range 0", "send 1", "recv 1", "ready")
+    assert said == [f"{each}\n" for each in calls]
+    own = [name for name in names if f"vmmc-placeholder.{process.pid}." in name]
+    assert [name[0] for name in own] == ["/"], names

@@ -167,6 +167,7 @@ import socket, threading
 listener = socket.create_server(("0.0.0.0", 0))
 print(listener.getsockname()[1], flush=True)
 connections = [listener.accept()[0] for _ in range({CONNECTIONS})]
+connections[0].sendall(bytes({MIB}))
 def echo(connection):
     count = 0
     while count < {MIB}:
@@ -193,6 +194,9 @@ def exchange(connection):
     while left:
         left -= len(connection.recv(1 << 16))
     writer.join()
+left = {MIB}
+while left:
+    left -= len(connections[0].recv(1 << 16))
 threads = [threading.Thread(target=exchange, args=(each,)) for each in connections[1:]]
 for each in threads: each.start()
 for each in threads: each.join()

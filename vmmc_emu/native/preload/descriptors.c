@@ -180,8 +180,9 @@ bool descriptor_is_placeholder(int fd) {
 /*
  * Names the base socket, which has to have a name to listen, where nobody reaches it: in the cluster's directory,
  * which only its user enters, and from where the name goes at once; the kernel goes on telling it.  Where that
- * cannot be had (a full disk, no /proc) the same name is an abstract one.  The pid is for people who look at
- * /proc/net/unix; the random part keeps pid namespaces apart.
+ * cannot be had (a full disk, no /proc) the same name is an abstract one, to which anybody may connect; no call of
+ * the program's sees that.  The pid is for people who look at /proc/net/unix; the random part keeps pid namespaces
+ * apart.  thread-self: the first thread may have ended, and /proc/self is its.
  */
 static int base_bind(int fd) {
   uint32_t random = 0;
@@ -193,7 +194,7 @@ static int base_bind(int fd) {
   int directory = (int)sys_call(SYS_openat, AT_FDCWD, (long)base_directory, O_PATH | O_DIRECTORY | O_CLOEXEC, 0, 0, 0);
   if (directory >= 0) {
     /* By the descriptor: the directory's own path may be as long as an address may be. */
-    snprintf(name.sun_path, sizeof name.sun_path, "/proc/self/fd/%d/%s", directory, base);
+    snprintf(name.sun_path, sizeof name.sun_path, "/proc/thread-self/fd/%d/%s", directory, base);
     int bound = REAL(bind)(fd, (struct sockaddr *)&name, sizeof name);
     if (bound == 0) sys_call(SYS_unlinkat, directory, (long)base, 0, 0, 0, 0);
     sys_close(directory);
@@ -400,7 +401,7 @@ static int range_call(unsigned first, unsigned last, int flags) {
 }
 
 void descriptors_open(void (*visit)(int fd, void *context), void *context) {
-  int directory = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  int directory = (int)REAL(syscall)(SYS_openat, AT_FDCWD, "/proc/thread-self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (directory < 0) return;
   char buffer[4096];
   for (long length; (length = REAL(syscall)(SYS_getdents64, directory, buffer, sizeof buffer)) > 0;) {

@@ -2,7 +2,7 @@
  * descriptors.h: which descriptors of this process are VMMC sockets.
  *
  * Each VMMC socket holds a kernel descriptor, its placeholder: a duplicate of one socket per process that
- * listens where nobody can connect to it, named vmmc-placeholder.<pid>.<random>.  So the number is taken,
+ * listens where nobody can connect to it (as a rule: see base_bind), named vmmc-placeholder.<pid>.<random>.  So the number is taken,
  * fstat says "socket", FD_CLOEXEC is the kernel's, it polls as nothing, and a program that inherits one
  * recognises it by the name.  O_NONBLOCK is ours: the kernel would share it among all placeholders.
  */
