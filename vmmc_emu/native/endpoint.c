@@ -289,7 +289,7 @@ bool endpoint_give_memory(struct endpoint *e) {
   int known = atomic_load_explicit(&e->memory, memory_order_relaxed);
   if (known) return known > 0;
   /* A process may always open itself, whatever ptrace's rules are; but not when it is not dumpable. */
-  int fd = (int)sys_call(SYS_openat, AT_FDCWD, (long)"/proc/thread-self/mem", O_RDWR | O_CLOEXEC, 0, 0, 0);
+  int fd = (int)sys_call(SYS_openat, AT_FDCWD, (long)"/proc/self/mem", O_RDWR | O_CLOEXEC, 0, 0, 0);
   bool given = fd >= 0 && say(e->attach_fd, VMMC_WAKER, VMMC_MEMORY, fd) == 0;
   if (fd >= 0) sys_close(fd);
   atomic_store_explicit(&e->memory, given ? 1 : -1, memory_order_relaxed); /* threads that do it twice do no harm */
