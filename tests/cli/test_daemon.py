@@ -158,6 +158,17 @@ def test_nonsense_on_the_socket_harms_nobody(cluster: Cluster) -> None:
     assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
 
 
+def said_by_another_user(code: str, *arguments: str) -> str:
+    """What Python code prints that another user runs."""
+    done = subprocess.run(
+        ["/usr/bin/env", "python3", "-c", code, *arguments], user=65534, group=65534, extra_groups=[],
+        capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"no Python that another user can run: {done.stderr.splitlines()[-1:]}")
+    return done.stdout
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 def test_another_user_gets_nowhere(cluster: Cluster, segments: Segments) -> None:
     path = str(cluster.place.socket(0))
@@ -170,13 +181,7 @@ def test_another_user_gets_nowhere(cluster: Cluster, segments: Segments) -> None
         "try: socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).connect(sys.argv[1]); print('connected')\n"
         "except PermissionError: print('refused')\n"
     )
-    done = subprocess.run(
-        ["/usr/bin/env", "python3", "-c", code, path, *names], user=65534, group=65534, extra_groups=[],
-        capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"no Python that another user can run: {done.stderr.splitlines()[-1:]}")
-    assert done.stdout == "refused\n"
+    assert said_by_another_user(code, path, *names) == "refused\n"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
@@ -198,19 +203,12 @@ def test_another_user_reaches_no_program(cluster: Cluster) -> None:
             "import socket, sys\n"
             "for name in sys.argv[1:]:\n"
             "    with socket.socket(socket.AF_UNIX) as s:\n"
-            "        try: s.connect(name.replace('@', '\\0', 1)); print('connected to', name)\n"
+            "        try: s.connect(name); print('connected to', name)\n"
             "        except OSError: pass\n"
             "print('done')\n"
         )
-        done = subprocess.run(
-            ["/usr/bin/env", "python3", "-c", code, *names],
-            user=65534, group=65534, extra_groups=[],
-            capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
-        )  # fmt: skip
+        assert said_by_another_user(code, *names) == "done\n"
         program.communicate("bye\n")
-    if done.returncode:
-        pytest.skip(f"no Python that another user can run: {done.stderr.splitlines()[-1:]}")
-    assert done.stdout == "done\n"
 
 
 def test_a_nic_that_is_killed_comes_back(cluster: Cluster) -> None:

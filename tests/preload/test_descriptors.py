@@ -160,7 +160,7 @@ for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
 
 
 def test_the_first_thread_has_ended(two_nodes: Cluster, program: Callable[..., str]) -> None:
-    """Nothing goes by /proc/self, which is that thread's: not even the name of the placeholders' socket."""
+    """/proc/self is that thread's: neither the placeholders' name nor what close_range leaves goes by it."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with two_nodes.node(0).popen([program("leader_gone")], **pipes) as process:
         assert process.stdout

@@ -2,9 +2,10 @@
  * descriptors.h: which descriptors of this process are VMMC sockets.
  *
  * Each VMMC socket holds a kernel descriptor, its placeholder: a duplicate of one socket per process that
- * listens where nobody can connect to it (as a rule: see base_bind), named vmmc-placeholder.<pid>.<random>.  So the number is taken,
- * fstat says "socket", FD_CLOEXEC is the kernel's, it polls as nothing, and a program that inherits one
- * recognises it by the name.  O_NONBLOCK is ours: the kernel would share it among all placeholders.
+ * listens where nobody can connect to it (as a rule: see base_bind), named vmmc-placeholder.<pid>.<random>.
+ * So the number is taken, fstat says "socket", FD_CLOEXEC is the kernel's, it polls as nothing, and a program
+ * that inherits one recognises it by the name.  O_NONBLOCK is ours: the kernel would share it among all
+ * placeholders.
  */
 #ifndef PRELOAD_DESCRIPTORS_H
 #define PRELOAD_DESCRIPTORS_H
