@@ -198,6 +198,7 @@ def _supervisor_environment() -> dict[str, str]:
         environment["LD_PRELOAD"] = " ".join(preload)
     package_root = str(Path(__file__).absolute().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package_root, environment.get("PYTHONPATH"))))
+    processes.switch_fast(environment)
     return environment
 
 

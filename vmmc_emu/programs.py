@@ -47,6 +47,7 @@ def environment(
     library = str(paths.native_file("libvmmc-preload.so"))
     others = [item for item in found.get("LD_PRELOAD", "").replace(":", " ").split() if item != library]
     found["LD_PRELOAD"] = ":".join([library, *others])
+    processes.switch_fast(found)
     if diagnose:
         found["VMMC_DIAGNOSTICS"] = "1"
     return found

@@ -1,8 +1,10 @@
-"""Nonsense in the environment variables of ours: one line on stderr, and the default."""
+"""What programs get, and nonsense in environment variables of ours: one line on stderr, and the default."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +103,26 @@ def test_the_mark_of_a_place_is_gone_when_a_program_starts(two_nodes: Cluster) -
     done = two_nodes.node(0).run(["sh", "-c", "env | grep VMMC_ | cut -d= -f1"], timeout=60, check=True)
     assert "VMMC_NODE" in done.stdout.split()
     assert "VMMC_PLACED" not in done.stdout.split()
+
+
+def test_no_restartable_sequences(two_nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make a change of process dearer; whoever asks for them has them, and what else the user says stays."""
+    size = "__import__('ctypes').c_uint.in_dll(__import__('ctypes').CDLL(None), '__rseq_size').value"
+    try:
+        here = ctypes.c_uint.in_dll(ctypes.CDLL(None), "__rseq_size").value
+    except ValueError:
+        here = 0
+    if not here:
+        pytest.skip("this C library registers none here")
+    show = [sys.executable, "-c", f"import os; print({size} > 0, os.environ['GLIBC_TUNABLES'])"]
+
+    def shown() -> str:
+        return str(two_nodes.node(0).run(show, timeout=60, check=True).stdout).strip()
+
+    assert shown() == "False glibc.pthread.rseq=0"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    assert shown() == "False glibc.malloc.check=0:glibc.pthread.rseq=0"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.pthread.rseq=1")
+    assert shown() == "True glibc.pthread.rseq=1"
+    nic = two_nodes.status()["nodes"][0]["nic_pid"]
+    assert b"glibc.pthread.rseq=0" in Path(f"/proc/{nic}/environ").read_bytes()
