@@ -106,7 +106,7 @@ def test_the_mark_of_a_place_is_gone_when_a_program_starts(two_nodes: Cluster) -
 
 
 def test_no_restartable_sequences(two_nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They make a change of process dearer; whoever asks for them has them, and what else the user says stays."""
+    """They make a change of process dearer.  Who asks for them has them; what else the user says stays."""
     size = "__import__('ctypes').c_uint.in_dll(__import__('ctypes').CDLL(None), '__rseq_size').value"
     try:
         here = ctypes.c_uint.in_dll(ctypes.CDLL(None), "__rseq_size").value
