@@ -628,17 +628,21 @@ bool connection_holds_port(struct endpoint *e, uint32_t slot) {
   return c->state == CONNECTION_ESTABLISHED && !is_reset_by_app(e, slot, &h);
 }
 
+static bool is_sendable(const struct connection *c, const struct half *h) {
+  return h->written > c->transmitted && c->transmitted < c->far_limit;
+}
+
 /* What an established connection's peer is to hear next: a packet's type, or PACKET_NONE. */
 static uint8_t next_to_say(struct endpoint *e, uint32_t slot, const struct half *h) {
   struct connection *c = connection_of(e, slot);
   bool closed = h->shut & VMMC_CLOSED;
   if (c->flags & HEARD_CLOSE) return PACKET_NONE;
-  bool unsent = h->written > c->transmitted, sendable = unsent && c->transmitted < c->far_limit;
-  /* What was written before goes first, as far as the peer takes it and as it does over a loopback: an answer
+  bool unsent = h->written > c->transmitted;
+  /* What was written before a reset goes first, as far as the peer takes it and as it does over a loopback: an answer
    * to a request that was refused unread, say. */
-  if (is_reset_by_app(e, slot, h) && !sendable) return PACKET_RESET;
+  if (is_sendable(c, h)) return c->flags & TELL_AGAIN ? PACKET_CREDIT : PACKET_DATA;
+  if (is_reset_by_app(e, slot, h)) return PACKET_RESET;
   if (c->flags & TELL_AGAIN) return PACKET_CREDIT;
-  if (sendable) return PACKET_DATA;
   if (!unsent && closed) return PACKET_CLOSE;
   if (!unsent && (h->shut & VMMC_SHUT_WRITE) && !(c->flags & SAID_FIN)) return PACKET_FIN;
   if ((c->flags & TELL_PLACED) || asks_placed(e, slot) || connection_credit_due(e, slot)) return PACKET_CREDIT;
@@ -655,7 +659,7 @@ static void look_established(struct endpoint *e, uint32_t slot, const struct hal
   c->consumed = h->consumed;
   tell_acknowledged(e, slot);
   /* Where the peer has closed a write is an error, and our own close the end. */
-  if ((c->flags & HEARD_CLOSE) || next_to_say(e, slot, h)) connection_enqueue(e, slot);
+  if (is_sendable(c, h) || (c->flags & HEARD_CLOSE) || next_to_say(e, slot, h)) connection_enqueue(e, slot);
 }
 
 /* What is left to do when the app has closed a slot that no peer need hear of. */
@@ -787,7 +791,13 @@ static bool transmit_established(struct endpoint *e, uint32_t slot, struct link 
       in_order();
       c->state = CONNECTION_CLOSING;
       return false;
-    case PACKET_DATA: stream_transmit(e, slot, link, h.written); break;
+    case PACKET_DATA:
+      stream_transmit(e, slot, link, h.written);
+      /* Mostly that was all, credit included: what the app says from now on it rings for. */
+      if (c->transmitted == h.written && !h.shut && !(c->flags & (TELL_AGAIN | TELL_PLACED | SAY_IDLE)) &&
+          !asks_placed(e, slot))
+        return false;
+      break;
     case PACKET_FIN: {
       /* With the credit of the moment, as every packet of an open stream: this may be the last one. */
       uint64_t limit = connection_credit(e, slot);

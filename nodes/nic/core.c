@@ -29,6 +29,7 @@ static struct {
   uint32_t cpu;      /* where that program said it ran */
   uint32_t turns;    /* answers, less gifts that had none */
   uint32_t beside;
+  bool asked; /* a program has answered in this turn of the duty cycle: counted at its end, when the peer knows */
   uint64_t moved_ns;
 } core;
 
@@ -40,20 +41,27 @@ void core_gave(struct endpoint *e) {
     core.turns--; /* more comes than it answers: a stream */
 }
 
-void core_woke(void) { core.since_ns = 0; }
+static void nobody_answers(void) {
+  core.since_ns = 0;
+  core.asked = false;
+}
 
-void core_asked(void) {
-  if (!core.since_ns) return;
+void core_woke(void) { nobody_answers(); }
+
+void core_asked(void) { core.asked = core.since_ns != 0; }
+
+static void answered(void) {
   if (vmmc_now_ns() - core.since_ns > ANSWER_NS)
     core.turns /= 2;
   else if (core.turns < VMMC_IDLE_TURNS_MAX)
     core.turns++;
   core.since_ns = 0;
+  core.asked = false;
 }
 
 void core_opened(void) {
   core.turns /= 2;
-  core.since_ns = 0;
+  nobody_answers();
 }
 
 /* To any other core that it may use.  A NIC that may use one only, or may not choose, stays. */
@@ -66,6 +74,7 @@ static void leave(uint32_t cpu) {
 }
 
 void core_turn(struct vmmc_idle *idle) {
+  if (core.asked) answered();
   uint32_t cpu = vmmc_idle_cpu(); /* published relaxed: a hint, of which nothing else depends */
   if (atomic_load_explicit(&nic.pub->cpu, memory_order_relaxed) != cpu)
     atomic_store_explicit(&nic.pub->cpu, cpu, memory_order_relaxed);

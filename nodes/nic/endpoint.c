@@ -347,6 +347,10 @@ static void expel(struct endpoint *e) {
 static int doorbells(struct endpoint *e) {
   enum { SHARE = 256 };
   struct vmmc_app_header *header = app_header(e);
+  uint64_t any = 0;
+  for (uint32_t s = 0; s < VMMC_SUMMARY_WORDS; s++)
+    any |= atomic_load_explicit(&header->summary[s], memory_order_relaxed);
+  if (!any) return 0;
   _Atomic uint64_t *dirty = (_Atomic uint64_t *)(e->app + VMMC_APP_DIRTY);
   uint32_t first = e->next_look;
   int done = 0;

@@ -153,10 +153,10 @@ void nic_start(int count, char **argument) {
 
 int nic_turn(void) {
   int done = 0;
+  done += links_receive(); /* first: who waits for what comes this way has waited for a core, or two, already */
+  done += endpoints_work();
   done += control_work();
   done += log_work();
-  done += endpoints_work();
-  done += links_receive();
   if (nic.unreliable_links) done += unreliable_links_work();
   done += keepalive_work();
   done += links_transmit();

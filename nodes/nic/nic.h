@@ -1,7 +1,7 @@
 /*
  * nic.h: the NIC of one node, as its firmware sees it.
  *
- * The NIC is a duty cycle (main.c): it looks at its daemon, its endpoints' doorbells, its links and
+ * The NIC is a duty cycle (main.c): it looks at its links, its endpoints' doorbells, its daemon and
  * what it has yet to transmit, and sleeps when nothing of that gave work.  It is single-threaded.
  *
  *   endpoint.c    programs attached to the node: their segments and doorbells, and their end

@@ -135,9 +135,13 @@ bool heap_offset(const struct vmmc_endpoint *v, const void *memory, uint64_t len
   return true;
 }
 
-bool heap_hold(struct endpoint *e, const void *address, uint64_t length, uint64_t *offset) {
+bool heap_contains(const struct endpoint *e, const void *address) {
   const char *heap = heap_memory(e), *at = address;
-  if (at < heap || at >= heap + VMMC_HEAP_BYTES) return false;
+  return at >= heap && at < heap + VMMC_HEAP_BYTES;
+}
+
+bool heap_hold(struct endpoint *e, const void *address, uint64_t length, uint64_t *offset) {
+  if (!heap_contains(e, address)) return false;
   struct vmmc_endpoint *v = e->vmmc;
   if (!v) return false; /* nobody has allocated anything */
   critical_lock(&v->lock);

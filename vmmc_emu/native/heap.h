@@ -7,6 +7,9 @@
 
 struct endpoint;
 
+/* Whether an address lies where vmmc_alloc's memory does. */
+bool heap_contains(const struct endpoint *endpoint, const void *address);
+
 /* When [address, + length) is memory that vmmc_alloc handed out for this endpoint, pins it, tells its
  * offset in the heap and returns true; heap_release must follow.  False: it is not, or cannot be pinned
  * now.  Costs two compares for an address outside the heap. */

@@ -671,6 +671,16 @@ static ssize_t receive_prepare(struct receive *r, uint64_t waiting) {
   return 0;
 }
 
+/* Nothing has come, at first sight, and nothing need be posted for what will. */
+static bool receive_finds_nothing(const struct receive *r) {
+  const struct vsocket *s = r->socket;
+  if ((r->flags & MSG_DONTWAIT) || !s->generation || !r->length) return false;
+  if (r->to.count == 1 && (heap_contains(s->endpoint, r->to.vector->iov_base) || r->length >= program_least)) return false;
+  /* relaxed: another look follows, whatever this one finds */
+  return atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->placed, memory_order_relaxed) ==
+         atomic_load_explicit(&app_slot(s->endpoint, s->slot)->consumed, memory_order_relaxed);
+}
+
 /* One look: bytes read, 0 at the end, -errno; -EAGAIN: nothing yet.  receive_lock is held. */
 static ssize_t receive_look(struct receive *r) {
   struct vsocket *s = r->socket;
@@ -721,6 +731,7 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
   r.length = pieces_length(vector, count);
   uint64_t deadline = 0; /* read from the clock only when it is needed */
   int late = -EAGAIN;
+  if (wait_takes_turns() && receive_finds_nothing(&r)) wait_ahead();
   for (;;) {
     uint64_t target = receive_target(&r);
     size_t before = r.got;
@@ -728,7 +739,10 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
     ssize_t n = connection_was_dissolved(s, r.wait.dissolved) ? (r.got ? (ssize_t)r.got : -EPIPE) : receive_look(&r);
     critical_unlock(&s->receive_lock);
     if (n > 0) wait_worked((uint64_t)n);
-    if (n != -EAGAIN) return n;
+    if (n != -EAGAIN) {
+      wait_self()->ahead = false;
+      return n;
+    }
     if (r.flags & MSG_DONTWAIT) return r.got ? (ssize_t)r.got : late;
     if (!deadline) deadline = connection_deadline(s->receive_timeout_ns);
     bool redirected = r.redirecting;

@@ -145,6 +145,13 @@ bool wait_poll(void) {
   return vmmc_idle_poll(&self->idle);
 }
 
+void wait_ahead(void) {
+  struct wait_thread *self = wait_self();
+  vmmc_idle_begin(&self->idle);
+  self->ahead = true;
+  wait_poll();
+}
+
 void wait_give_way(void) {
   struct wait_thread *self = wait_self();
   self->worked = 0;
@@ -153,7 +160,8 @@ void wait_give_way(void) {
 
 int wait_until(const struct wait_word *words, int count, bool (*ready)(void *context), void *context,
                uint64_t deadline_ns, struct wait_signals since, bool any_handler) {
-  vmmc_idle_begin(&wait_thread.idle);
+  if (!wait_thread.ahead) vmmc_idle_begin(&wait_thread.idle);
+  wait_thread.ahead = false;
   for (;;) {
     if (ready(context)) return 0;
     if (wait_interrupted(since, any_handler)) return -EINTR;

@@ -31,6 +31,7 @@ struct wait_thread {
   struct vmmc_idle idle;
   bool said;     /* since it polled last it sent all that it wanted to: it may be waiting for an answer */
   uint8_t turns; /* waits in which it was so, lately */
+  bool ahead;    /* the wait that begins was begun by wait_ahead */
   uint64_t worked; /* since it gave way last: see wait_worked */
 };
 /* This thread's.  Initial-exec, so that it may be used in a signal handler and costs no call. */
@@ -115,6 +116,13 @@ struct wait_word {
  * Its first poll gives way at once: to the peer, or to the peer's NIC.
  */
 bool wait_poll(void);
+
+/*
+ * A call that would wait for an answer.  Whose thread says something and waits, again and again, gives way as soon as
+ * it finds nothing there, and gets ready to wait when it comes back: mostly there is something then.
+ */
+static inline bool wait_takes_turns(void) { return wait_thread.said && wait_thread.turns >= VMMC_IDLE_TURNS_ENOUGH; }
+void wait_ahead(void);
 
 /*
  * A call moved `bytes` without a wait.  Who does so for a while gives way, once: its own NIC, or the peer's, may have
