@@ -34,8 +34,11 @@ def switch_fast(environment: MutableMapping[str, str]) -> None:
     """Makes changes to a process of this environment cheaper: glibc registers no restartable sequences.
 
     The kernel looks after those of a process at each return from another, and a message is a change of
-    process (docs/performance.md has the figures).  Who says something about them keeps it.
+    process (docs/performance.md has the figures).  Who says something about them keeps it.  Elsewhere than
+    on x86-64 glibc needs them to tell a thread's core without a system call, which costs more.
     """
+    if os.uname().machine != "x86_64":
+        return
     tunables = [item for item in environment.get("GLIBC_TUNABLES", "").split(":") if item]
     if not any(item.partition("=")[0] == _RSEQ for item in tunables):
         environment["GLIBC_TUNABLES"] = ":".join([*tunables, f"{_RSEQ}=0"])

@@ -397,7 +397,7 @@ struct redirected_receive {
 };
 
 /* The least receive into the program's own memory that the NIC writes: docs/performance.md has the figures. */
-static uint64_t program_least = UINT64_MAX;
+static _Atomic uint64_t program_least = UINT64_MAX; /* relaxed: a number that speaks for itself */
 
 static void program_policy(void) {
   const char *text = getenv("VMMC_REDIRECT_ORDINARY");
@@ -408,7 +408,7 @@ static void program_policy(void) {
   if (errno || *end || *text < '0' || *text > '9')
     fprintf(stderr, "vmmc: VMMC_REDIRECT_ORDINARY=%.64s is neither a number of bytes nor never: using never\n", text);
   else
-    program_least = bytes;
+    atomic_store_explicit(&program_least, bytes, memory_order_relaxed);
 }
 
 /*
@@ -418,7 +418,7 @@ static void program_policy(void) {
 static bool program_hold(struct endpoint *e, char *address, uint64_t *length) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, program_policy);
-  if (*length < program_least || !endpoint_give_memory(e)) return false;
+  if (*length < atomic_load_explicit(&program_least, memory_order_relaxed) || !endpoint_give_memory(e)) return false;
   if (*length > VMMC_RING) *length = VMMC_RING;
   uintptr_t first = (uintptr_t)address / VMMC_PAGE * VMMC_PAGE;
   return sys_call(SYS_madvise, (long)first, (long)((uintptr_t)address + *length - first), MADV_POPULATE_WRITE, 0, 0,
@@ -671,14 +671,15 @@ static ssize_t receive_prepare(struct receive *r, uint64_t waiting) {
   return 0;
 }
 
-/* Nothing has come, at first sight, and nothing need be posted for what will. */
-static bool receive_finds_nothing(const struct receive *r) {
+/* It would wait, at first sight, for as long as it takes, and has nothing to post for what will come. */
+static bool receive_would_wait(const struct receive *r) {
   const struct vsocket *s = r->socket;
-  if ((r->flags & MSG_DONTWAIT) || !s->generation || !r->length) return false;
-  if (r->to.count == 1 && (heap_contains(s->endpoint, r->to.vector->iov_base) || r->length >= program_least)) return false;
-  /* relaxed: another look follows, whatever this one finds */
-  return atomic_load_explicit(&nic_slot(s->endpoint, s->slot)->placed, memory_order_relaxed) ==
-         atomic_load_explicit(&app_slot(s->endpoint, s->slot)->consumed, memory_order_relaxed);
+  if ((r->flags & MSG_DONTWAIT) || s->receive_timeout_ns || !s->generation || !r->length) return false;
+  bool one = r->to.count == 1;
+  if (one && heap_contains(s->endpoint, r->to.vector->iov_base)) return false;
+  if (one && r->length >= atomic_load_explicit(&program_least, memory_order_relaxed)) return false;
+  struct arrival a = arrival(s);
+  return !a.waiting && !a.ended;
 }
 
 /* One look: bytes read, 0 at the end, -errno; -EAGAIN: nothing yet.  receive_lock is held. */
@@ -731,7 +732,7 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
   r.length = pieces_length(vector, count);
   uint64_t deadline = 0; /* read from the clock only when it is needed */
   int late = -EAGAIN;
-  if (wait_takes_turns() && receive_finds_nothing(&r)) wait_ahead();
+  if (wait_takes_turns() && receive_would_wait(&r)) wait_ahead();
   for (;;) {
     uint64_t target = receive_target(&r);
     size_t before = r.got;
@@ -740,7 +741,7 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
     critical_unlock(&s->receive_lock);
     if (n > 0) wait_worked((uint64_t)n);
     if (n != -EAGAIN) {
-      wait_self()->ahead = false;
+      wait_ahead_end();
       return n;
     }
     if (r.flags & MSG_DONTWAIT) return r.got ? (ssize_t)r.got : late;

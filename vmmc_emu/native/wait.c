@@ -146,9 +146,8 @@ bool wait_poll(void) {
 }
 
 void wait_ahead(void) {
-  struct wait_thread *self = wait_self();
-  vmmc_idle_begin(&self->idle);
-  self->ahead = true;
+  wait_begin();
+  wait_self()->ahead = true;
   wait_poll();
 }
 
@@ -160,8 +159,8 @@ void wait_give_way(void) {
 
 int wait_until(const struct wait_word *words, int count, bool (*ready)(void *context), void *context,
                uint64_t deadline_ns, struct wait_signals since, bool any_handler) {
-  if (!wait_thread.ahead) vmmc_idle_begin(&wait_thread.idle);
-  wait_thread.ahead = false;
+  if (!wait_thread.ahead) wait_begin();
+  wait_ahead_end();
   for (;;) {
     if (ready(context)) return 0;
     if (wait_interrupted(since, any_handler)) return -EINTR;

@@ -31,7 +31,7 @@ struct wait_thread {
   struct vmmc_idle idle;
   bool said;     /* since it polled last it sent all that it wanted to: it may be waiting for an answer */
   uint8_t turns; /* waits in which it was so, lately */
-  bool ahead;    /* the wait that begins was begun by wait_ahead */
+  bool ahead;    /* wait_ahead has begun the wait that this call may come to */
   uint64_t worked; /* since it gave way last: see wait_worked */
 };
 /* This thread's.  Initial-exec, so that it may be used in a signal handler and costs no call. */
@@ -109,8 +109,14 @@ struct wait_word {
 
 #define WAIT_FOREVER UINT64_MAX
 
+/* Begins a wait for the NIC. */
+static inline void wait_begin(void) {
+  vmmc_idle_begin(&wait_thread.idle);
+  wait_thread.ahead = false;
+}
+
 /*
- * Polls in a wait for the NIC, between vmmc_idle_begin and vmmc_idle_woken of this thread's `idle`; as vmmc_idle_poll.
+ * Polls in a wait for the NIC, between wait_begin and vmmc_idle_woken of this thread's `idle`; as vmmc_idle_poll.
  * A thread that says something and waits, again and again, is one that plays with a peer by turns: where its NIC runs
  * on another core it keeps its own for a moment after each change (look_ns), for the answer that comes meanwhile.
  * Its first poll gives way at once: to the peer, or to the peer's NIC.
@@ -123,6 +129,7 @@ bool wait_poll(void);
  */
 static inline bool wait_takes_turns(void) { return wait_thread.said && wait_thread.turns >= VMMC_IDLE_TURNS_ENOUGH; }
 void wait_ahead(void);
+static inline void wait_ahead_end(void) { wait_thread.ahead = false; } /* the call did not come to wait */
 
 /*
  * A call moved `bytes` without a wait.  Who does so for a while gives way, once: its own NIC, or the peer's, may have

@@ -185,7 +185,7 @@ static int collect(struct instance *set, int epoll_fd, struct epoll_event *event
 static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *events, int room, uint64_t deadline_ns,
                       struct wait_signals since) {
   struct vmmc_idle *idle = &wait_self()->idle;
-  vmmc_idle_begin(idle);
+  wait_begin();
   bool everything = deadline_ns == 0, waited_for_nic = false;
   uint32_t looked = 0; /* into the kernel, after so many polls */
   for (;;) {

@@ -29,6 +29,7 @@ static bool is_on(const stack_t *stack, uintptr_t at) {
 static void leave_frames(const struct __jmp_buf_tag *buffer) {
   struct wait_thread *self = wait_self();
   self->faults = 0; /* the mask may be another one afterwards */
+  wait_ahead_end();
   if (__builtin_expect(!self->undo, 1)) return;
   uintptr_t target = target_of(buffer);
   /* A handler's own stack lies anywhere: what is on it is left by a jump to the other, and not the reverse. */

@@ -143,7 +143,7 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
   struct instance *set = NULL;
   AT_END(scattered, scatter, &set);
   int result = 0;
-  vmmc_idle_begin(idle);
+  wait_begin();
   uint32_t looked = 0; /* into the kernel, after so many polls */
   bool everything = true;
   for (;;) {
