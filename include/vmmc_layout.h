@@ -27,7 +27,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define VMMC_LAYOUT_VERSION 1u
+#define VMMC_LAYOUT_VERSION 2u
 #define VMMC_MAGIC 0x636d6d76u /* "vmmc" */
 
 #define VMMC_LINE 64 /* bytes in a cache line */
@@ -99,6 +99,8 @@ enum {
   VMMC_ABORT = 8,  /* with VMMC_CLOSED: reset the connection instead (SO_LINGER of zero) */
   VMMC_FORKED = 16, /* with VMMC_CLOSED: the program forked and left the reading to its child, which cannot:
                        bytes that nobody read are no reason to reset the connection */
+  VMMC_ABORT_AT_END = 32, /* should the program end as it is, VMMC_ABORT with it: SO_LINGER of zero.  Set and taken back
+                             by the option */
 };
 
 /*
@@ -520,6 +522,7 @@ struct vmmc_pub { /* writer: NIC */
    * of it with a seq_cst fence. */
   _Alignas(VMMC_LINE) _Atomic uint32_t asleep;
   _Atomic uint32_t cpu; /* on which the NIC ran last: a hint */
+  _Alignas(VMMC_LINE) _Atomic uint64_t turns; /* of the NIC's duty cycle that are over: read by who waits for a few */
   _Alignas(VMMC_LINE) struct vmmc_nic_counters counters; /* all of the node, endpoints gone included */
   _Alignas(VMMC_LINE) struct vmmc_app_counters retired;  /* of endpoints that are gone */
   /* Where the node accepted last, by port, and how many more connections the listener takes: see nodes/nic/port.c.

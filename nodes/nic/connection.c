@@ -28,7 +28,11 @@ struct half connection_half(struct endpoint *e, uint32_t slot) {
   } else if (e->dying) {
     h.shut = VMMC_ABORT; /* never accepted by the program */
   }
-  if (e->dying) h.shut |= VMMC_SHUT_WRITE | VMMC_CLOSED;
+  if (e->dying) {
+    bool over = (c->flags & SAID_FIN) && (c->flags & HEARD_FIN); /* nothing is left to reset */
+    if ((h.shut & VMMC_ABORT_AT_END) && !(h.shut & VMMC_CLOSED) && !over) h.shut |= VMMC_ABORT;
+    h.shut |= VMMC_SHUT_WRITE | VMMC_CLOSED;
+  }
   return h;
 }
 
@@ -951,10 +955,11 @@ static void established(struct endpoint *e, uint32_t slot, const struct packet *
   connection_enqueue(e, slot);
 }
 
-/* The app has shut down both ways: nobody will read what comes, and TCP answers it by a reset. */
+/* The app has shut down both ways: nobody will read what comes, and TCP answers it by a reset, whatever of what was
+ * written the peer has yet to take. */
 static bool is_deaf(struct endpoint *e, uint32_t slot) {
   uint32_t both = VMMC_SHUT_READ | VMMC_SHUT_WRITE;
-  return (connection_of(e, slot)->flags & SAID_FIN) && (connection_half(e, slot).shut & both) == both;
+  return (connection_half(e, slot).shut & both) == both;
 }
 
 /* The answer to our CONNECT. */
@@ -1001,7 +1006,11 @@ static void stream_heard(struct link *link, struct endpoint *e, uint32_t slot, c
     return;
   }
   take_limit(e, slot, p->limit);
-  if (p->type == PACKET_DATA) stream_place(e, slot, p);
+  if (p->type == PACKET_DATA) {
+    stream_place(e, slot, p);
+    /* Nobody reads it: a reset, also while the peer does not take what was written before. */
+    if (connection_half(e, slot).shut & VMMC_CLOSED) connection_enqueue(e, slot);
+  }
   if (p->type != PACKET_FIN || (c->flags & HEARD_FIN)) return;
   c->flags |= HEARD_FIN;
   set_status(e, slot, VMMC_END_OF_FILE);

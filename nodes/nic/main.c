@@ -161,6 +161,8 @@ int nic_turn(void) {
   done += keepalive_work();
   done += links_transmit();
   done += give_back_work();
+  /* release: what this turn did, before it is over */
+  atomic_store_explicit(&nic.pub->turns, atomic_load_explicit(&nic.pub->turns, memory_order_relaxed) + 1, memory_order_release);
   return done;
 }
 

@@ -35,8 +35,19 @@ def test_same_as_the_kernel(program: list[str], two_nodes: Cluster) -> None:
 # AddressSanitizer's own versions of these calls read what the program names: bad addresses end there.
 @pytest.mark.skipif(os.environ.get("SANITIZE") == "address", reason="its interceptors read the bad addresses")
 @pytest.mark.native
-def test_bad_addresses_as_in_the_kernel(two_nodes: Cluster, program: Callable[..., str]) -> None:
-    command = [program("unmapped")]
+@pytest.mark.parametrize("name", ["unmapped", "refused"])
+def test_bad_arguments_as_in_the_kernel(name: str, two_nodes: Cluster, program: Callable[..., str]) -> None:
+    same_as_the_kernel([program(name)], two_nodes)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", ["left_behind", "at_once"])
+def test_what_ends_find_as_in_the_kernel(name: str, two_nodes: Cluster, program: Callable[..., str]) -> None:
+    """Peers of ends that died or closed at a bad moment; and bytes, at once."""
+    same_as_the_kernel([program(name)], two_nodes)
+
+
+def same_as_the_kernel(command: list[str], two_nodes: Cluster) -> None:
     kernel = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (kernel.returncode, kernel.stderr) == (0, "")
     node = two_nodes.node(0).run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -19,6 +19,7 @@
 #include "sys.h"
 #include "vmmc_attach.h"
 #include "vmmc_idle.h"
+#include "wait.h"
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
@@ -477,6 +478,7 @@ void endpoint_ring_slot(struct endpoint *e, uint32_t slot) {
   }
   tell_cpu(e);
   wake_nic(e);
+  wait_self()->rang = true;
 }
 
 /*
@@ -489,6 +491,23 @@ bool endpoint_let_nic_look(struct vmmc_idle *idle) {
     if (atomic_load_explicit(&app_header(e)->summary[s], memory_order_relaxed))
       return vmmc_idle_yield(idle, vmmc_now_ns());
   return false;
+}
+
+/* A turn that is under way may be past the doorbells; the next one forwards, and the one after it places what was for this
+ * node itself.  acquire: what a turn did, before it is over. */
+bool endpoint_let_nic_catch_up(void) {
+  enum { TURNS = 3, PATIENCE_NS = 100000000 }; /* not for ever: a NIC may be stopped, or its successor be late */
+  struct wait_thread *self = wait_self();
+  struct endpoint *e = endpoint_current();
+  if (!self->rang || !e) return false;
+  self->rang = false;
+  uint64_t since = atomic_load_explicit(&e->pub->turns, memory_order_acquire), now = vmmc_now_ns();
+  for (uint64_t end = now + PATIENCE_NS; now < end; now = vmmc_now_ns()) {
+    if (atomic_load_explicit(&e->pub->turns, memory_order_acquire) - since >= TURNS) break;
+    wake_nic(e);
+    sched_yield(); /* also where the cores are held by others: a call that does not wait is no reason to miss bytes */
+  }
+  return true;
 }
 
 void endpoint_ring_commands(struct endpoint *e) {

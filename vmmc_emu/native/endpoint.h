@@ -95,6 +95,10 @@ void endpoint_ring_commands(struct endpoint *endpoint);
  * chance to, and the result is true: look again.  Once a call. */
 bool endpoint_let_nic_look(struct vmmc_idle *idle);
 
+/* Before a call says that nothing has come: whether what this thread sent may be on its way still.  Then the NIC gets
+ * time to bring it, if it is for this node, and the result is true: look again. */
+bool endpoint_let_nic_catch_up(void);
+
 /* Allocates the pages under [start, start + length) of a segment, so that no later store (or, for a
  * segment mapped read-only, load) there meets a full /dev/shm as SIGBUS.  0, or -ENOBUFS when the
  * memory is not there. */

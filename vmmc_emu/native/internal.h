@@ -25,6 +25,7 @@
 #define endpoint_give_memory vmmc_i_endpoint_give_memory
 #define endpoint_give_waker vmmc_i_endpoint_give_waker
 #define endpoint_ring_slot vmmc_i_endpoint_ring_slot
+#define endpoint_let_nic_catch_up vmmc_i_endpoint_let_nic_catch_up
 #define endpoint_let_nic_look vmmc_i_endpoint_let_nic_look
 #define endpoint_ring_commands vmmc_i_endpoint_ring_commands
 #define endpoint_commit vmmc_i_endpoint_commit

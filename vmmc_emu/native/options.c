@@ -219,6 +219,10 @@ static int set_linger(struct vsocket *s, const void *value, socklen_t length) {
   if (length < (socklen_t)sizeof linger) return -EINVAL;
   memcpy(&linger, value, sizeof linger);
   s->linger_s = !linger.l_onoff ? -1 : linger.l_linger < 0 ? INT32_MAX : linger.l_linger;
+  if (!s->generation || !connection_usable(s)) return 0; /* what takes a slot for it says so there */
+  _Atomic uint32_t *shut = &app_slot(s->endpoint, s->slot)->shut;
+  if (s->linger_s == 0) atomic_fetch_or(shut, VMMC_ABORT_AT_END);
+  else atomic_fetch_and(shut, ~(uint32_t)VMMC_ABORT_AT_END);
   return 0;
 }
 
@@ -417,6 +421,7 @@ int socket_ioctl(struct vsocket *s, unsigned long request, int *number) {
   switch (request) {
     case FIONREAD: /* SIOCINQ */
       if (s->phase == SOCKET_LISTENING) return -EINVAL;
+      if (connected) endpoint_let_nic_catch_up();
       *number = connected ? (int)bytes_waiting(s) : 0;
       return 0;
     case TIOCOUTQ: /* SIOCOUTQ */

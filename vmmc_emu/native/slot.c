@@ -128,7 +128,7 @@ static void fill_slot(struct vsocket *s, struct endpoint *e, uint32_t slot, uint
   struct vmmc_app_slot *a = app_slot(e, slot);
   atomic_store_explicit(&a->written, 0, memory_order_relaxed);
   atomic_store_explicit(&a->ring_base, 0, memory_order_relaxed);
-  atomic_store_explicit(&a->shut, 0, memory_order_relaxed);
+  atomic_store_explicit(&a->shut, s->linger_s == 0 ? VMMC_ABORT_AT_END : 0, memory_order_relaxed);
   atomic_store_explicit(&a->sending, 0, memory_order_relaxed);
   atomic_store_explicit(&a->wanted, 0, memory_order_relaxed);
   atomic_store_explicit(&a->send_window, s->send_buffer, memory_order_relaxed);

@@ -87,7 +87,10 @@ int socket_accept(struct vsocket *s, bool nonblocking, struct vsocket **out);
 int socket_connect(struct vsocket *s, const struct sockaddr *address, socklen_t length, bool nonblocking);
 int socket_shutdown(struct vsocket *s, int how);
 
-/* Bytes moved, 0 at end of file (receive), or -errno; -EPIPE without the signal.  Flags: MSG_*.
+enum { SOCKET_ANY_HANDLER = 0x10000000 }; /* beside MSG_*, of which none has this bit */
+
+/* Bytes moved, 0 at end of file (receive), or -errno; -EPIPE without the signal.  Flags: MSG_*; receive: also
+ * SOCKET_ANY_HANDLER, a handler with SA_RESTART interrupts it, too.
  * MSG_DONTWAIT is the caller's to pass for a non-blocking descriptor. */
 ssize_t socket_send(struct vsocket *s, const struct iovec *vector, int count, int flags);
 ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count, int flags);

@@ -709,7 +709,7 @@ static bool can_receive(void *context) {
 /* 0: look again; else the call's result when nothing was got. */
 static int receive_wait(struct receive *r, uint64_t deadline) {
   struct vsocket *s = r->socket;
-  bool any_handler = r->got || s->receive_timeout_ns;
+  bool any_handler = r->got || s->receive_timeout_ns || (r->flags & SOCKET_ANY_HANDLER);
   if (!r->redirecting) {
     struct wait_word words[SOCKET_WORDS];
     return wait_until(words, socket_wait_words(s, true, false, words), can_receive, r, deadline, r->wait.since,
@@ -744,7 +744,10 @@ ssize_t socket_receive(struct vsocket *s, const struct iovec *vector, int count,
       wait_ahead_end();
       return n;
     }
-    if (r.flags & MSG_DONTWAIT) return r.got ? (ssize_t)r.got : late;
+    if (r.flags & MSG_DONTWAIT) {
+      if (flags & MSG_DONTWAIT && !r.got && endpoint_let_nic_catch_up()) continue;
+      return r.got ? (ssize_t)r.got : late;
+    }
     if (!deadline) deadline = connection_deadline(s->receive_timeout_ns);
     bool redirected = r.redirecting;
     int waited = receive_wait(&r, deadline);

@@ -35,8 +35,9 @@ static ssize_t wrong(struct file *f, int error) {
   return -1;
 }
 
-static ssize_t received(struct file *f, const struct iovec *vector, int count, int flags) {
+static ssize_t receive(struct file *f, const struct iovec *vector, int count, int flags) {
   if (__builtin_expect(is_kernels(vector, count), 0)) return wrong(f, EFAULT);
+  if (__builtin_expect(flags & MSG_ERRQUEUE, 0)) return wrong(f, EAGAIN); /* which is empty */
   ssize_t result;
   {
     HOLDING(f);
@@ -46,6 +47,10 @@ static ssize_t received(struct file *f, const struct iovec *vector, int count, i
   if (result >= 0) return result;
   errno = (int)-result;
   return -1;
+}
+
+static ssize_t received(struct file *f, const struct iovec *vector, int count, int flags) {
+  return receive(f, vector, count, flags & ~SOCKET_ANY_HANDLER);
 }
 
 static ssize_t sent(struct file *f, const struct iovec *vector, int count, int flags) {
@@ -86,6 +91,29 @@ static int unused_address(const void *address, socklen_t length) {
   return fault_copy(&unused, address, length) ? 0 : EFAULT;
 }
 
+enum { FLAG_OF_THE_KERNEL = INT_MIN }; /* MSG_CMSG_COMPAT: with which no program may call */
+
+/* Control messages of a program's, none of which TCP makes anything of: looked at as by the kernel. */
+static int take_control(const struct msghdr *message) {
+  enum { MOST = 128 * 1024 }; /* net.core.optmem_max */
+  size_t length = message->msg_controllen;
+  if (!length) return 0;
+  if (length > MOST) return ENOBUFS;
+  char *control = malloc(length);
+  if (!control) return ENOBUFS;
+  int error = fault_copy(control, message->msg_control, length) ? 0 : EFAULT;
+  for (size_t at = 0; !error && length - at >= sizeof(struct cmsghdr);) {
+    struct cmsghdr c;
+    memcpy(&c, control + at, sizeof c);
+    bool known = c.cmsg_level != SOL_SOCKET || c.cmsg_type == SCM_RIGHTS || c.cmsg_type == SCM_CREDENTIALS;
+    if (c.cmsg_len < sizeof c || c.cmsg_len > length - at || !known) error = EINVAL;
+    else if (CMSG_ALIGN(c.cmsg_len) >= length - at) break;
+    else at += CMSG_ALIGN(c.cmsg_len);
+  }
+  free(control);
+  return error;
+}
+
 /* Who sent: on TCP nobody is named, and the length says so. */
 static int name_nobody(const void *address, socklen_t *length) {
   socklen_t before, none = 0;
@@ -111,7 +139,7 @@ static int too_late(int error) {
 
 INTERPOSE ssize_t read(int fd, void *buffer, size_t length) {
   SOCKET_OR(fd, REAL(read)(fd, buffer, length));
-  if (length == 0) return file_put(f), 0;
+  if (length == 0 && (intptr_t)buffer >= 0) return file_put(f), 0;
   return received(f, &(struct iovec){buffer, length}, 1, 0);
 }
 ssize_t __read(int fd, void *buffer, size_t length) __attribute__((alias("read"), visibility("default")));
@@ -138,7 +166,7 @@ INTERPOSE ssize_t readv(int fd, const struct iovec *vector, int count) {
 }
 
 /* With the position -1 these two are readv and writev; a socket has no other position, as the kernel says itself. */
-enum { ORDINARY = RWF_HIPRI | RWF_DSYNC | RWF_SYNC, KNOWN = ORDINARY | RWF_NOWAIT };
+enum { ORDINARY = RWF_HIPRI | RWF_DSYNC | RWF_SYNC | RWF_APPEND, KNOWN = ORDINARY | RWF_NOWAIT };
 
 INTERPOSE ssize_t preadv64v2(int fd, const struct iovec *vector, int count, off64_t position, int flags) {
   if (position != -1 || flags & ~KNOWN) return REAL(preadv64v2)(fd, vector, count, position, flags);
@@ -193,13 +221,14 @@ static ssize_t kernel_recvmsg(int fd, struct msghdr *message, int flags) {
   return result;
 }
 
-INTERPOSE ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
+static ssize_t receive_message(int fd, struct msghdr *message, int flags, int how) {
   SOCKET_OR(fd, kernel_recvmsg(fd, message, flags));
   struct msghdr m;
+  REFUSE_IF(flags & FLAG_OF_THE_KERNEL ? EINVAL : 0);
   REFUSE_IF(take_message(&m, message));
   struct iovec pieces[m.msg_iovlen + 1];
   REFUSE_IF(take_vector(pieces, m.msg_iov, m.msg_iovlen));
-  ssize_t result = received(f, pieces, (int)m.msg_iovlen, flags);
+  ssize_t result = receive(f, pieces, (int)m.msg_iovlen, (flags & ~SOCKET_ANY_HANDLER) | how);
   if (result < 0) return result;
   m.msg_controllen = 0;
   m.msg_flags = flags & MSG_CMSG_CLOEXEC; /* of which Linux tells, though it gave nothing */
@@ -209,6 +238,8 @@ INTERPOSE ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
     error = EFAULT;
   return error ? too_late(error) : result;
 }
+
+INTERPOSE ssize_t recvmsg(int fd, struct msghdr *message, int flags) { return receive_message(fd, message, flags, 0); }
 
 INTERPOSE int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int flags, struct timespec *timeout) {
   SOCKET_OR(fd, REAL(recvmmsg)(fd, messages, count, flags, timeout));
@@ -220,7 +251,8 @@ INTERPOSE int recvmmsg(int fd, struct mmsghdr *messages, unsigned count, int fla
   unsigned done = 0;
   while (done < count) {
     int wait = flags & MSG_WAITFORONE && done ? flags | MSG_DONTWAIT : flags;
-    ssize_t got = recvmsg(fd, &messages[done].msg_hdr, wait & ~MSG_WAITFORONE);
+    /* Who has some returns with it when any handler runs. */
+    ssize_t got = receive_message(fd, &messages[done].msg_hdr, wait & ~MSG_WAITFORONE, done ? SOCKET_ANY_HANDLER : 0);
     if (got < 0) break;
     unsigned length = (unsigned)got;
     if (!fault_copy(&messages[done].msg_len, &length, sizeof length)) {
@@ -264,8 +296,24 @@ INTERPOSE ssize_t pwritev2(int fd, const struct iovec *vector, int count, off_t 
   return pwritev64v2(fd, vector, count, position, flags);
 }
 
+/* MSG_FASTOPEN: connects first.  VMMC's connect is as fast as one that carries bytes would be. */
+static int open_fast(int fd, struct file *f, const struct sockaddr *address, socklen_t length) {
+  if (address) return connect(fd, address, length);
+  uint32_t phase = atomic_load(&f->socket->phase);
+  errno = phase == SOCKET_NEW || phase == SOCKET_BOUND ? EINVAL : EISCONN;
+  return -1;
+}
+#define CONNECT_IF_ASKED(address, length)                                                       \
+  do {                                                                                          \
+    if (__builtin_expect(flags & MSG_FASTOPEN, 0)) {                                            \
+      if (open_fast(fd, f, address, length) < 0) return (int)wrong(f, errno);                   \
+      flags &= ~MSG_FASTOPEN;                                                                   \
+    }                                                                                           \
+  } while (0)
+
 INTERPOSE ssize_t send(int fd, const void *buffer, size_t length, int flags) {
   SOCKET_OR(fd, REAL(send)(fd, buffer, length, flags));
+  CONNECT_IF_ASKED(NULL, 0);
   return sent(f, &(struct iovec){(void *)(uintptr_t)buffer, length}, 1, flags);
 }
 ssize_t __send(int fd, const void *buffer, size_t length, int flags)
@@ -277,6 +325,7 @@ INTERPOSE ssize_t sendto(int fd, const void *buffer, size_t length, int flags, c
                     ? -1
                     : REAL(sendto)(fd, buffer, length, flags, address, address_length));
   REFUSE_IF(unused_address(address, address_length));
+  CONNECT_IF_ASKED(address, address_length);
   return sent(f, &(struct iovec){(void *)(uintptr_t)buffer, length}, 1, flags);
 }
 
@@ -316,10 +365,14 @@ static bool refuses_message(int fd, const struct msghdr *given) {
 INTERPOSE ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
   SOCKET_OR(fd, refuses_message(fd, message) ? -1 : REAL(sendmsg)(fd, message, flags));
   struct msghdr m;
+  REFUSE_IF(flags & FLAG_OF_THE_KERNEL ? EINVAL : 0);
   REFUSE_IF(take_message(&m, message));
+  if (m.msg_namelen > sizeof(struct sockaddr_storage) && (int)m.msg_namelen > 0) m.msg_namelen = sizeof(struct sockaddr_storage);
   REFUSE_IF(unused_address(m.msg_name, m.msg_namelen));
   struct iovec pieces[m.msg_iovlen + 1];
   REFUSE_IF(take_vector(pieces, m.msg_iov, m.msg_iovlen));
+  REFUSE_IF(take_control(&m));
+  CONNECT_IF_ASKED(m.msg_name, m.msg_namelen);
   return sent(f, pieces, (int)m.msg_iovlen, flags);
 }
 
@@ -355,6 +408,8 @@ static ssize_t send_file_held(struct file *f, int from, off64_t *offset, size_t 
   int flags = REAL(fcntl)(from, F_GETFL);
   if (flags < 0 || (flags & O_ACCMODE) == O_WRONLY) return -EBADF;
   if (fstat(from, &status) < 0) return -errno;
+  if (offset && (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode))) return -ESPIPE;
+  if ((ssize_t)length < 0) return -EINVAL;
   if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) return -EINVAL; /* as the kernel: must be mappable */
   off64_t at = offset ? *offset : lseek64(from, 0, SEEK_CUR);
   if (at < 0) return -EINVAL;
@@ -465,10 +520,17 @@ INTERPOSE ssize_t splice(int from, off64_t *from_offset, int to, off64_t *to_off
   if (!f) return REAL(splice)(from, from_offset, to, to_offset, length, flags);
   if (f == &file_forked) return descriptor_refuse(source ? from : to);
   if (!length) return file_put(f), 0;
+  enum { ALL = SPLICE_F_MOVE | SPLICE_F_NONBLOCK | SPLICE_F_MORE | SPLICE_F_GIFT };
+  REFUSE_IF(flags & ~(unsigned)ALL ? EINVAL : 0);
   int pipe = source ? to : from, mode = REAL(fcntl)(pipe, F_GETFL) & O_ACCMODE;
   REFUSE_IF(REAL(fcntl)(pipe, F_GETFD) < 0 || mode == (source ? O_RDONLY : O_WRONLY) ? EBADF : 0);
-  REFUSE_IF(REAL(fcntl)(pipe, F_GETPIPE_SZ) < 0 ? EINVAL : 0); /* one of the two must be a pipe */
-  REFUSE_IF((source ? to_offset : from_offset) ? ESPIPE : from_offset || to_offset ? EINVAL : 0);
+  bool is_pipe = REAL(fcntl)(pipe, F_GETPIPE_SZ) >= 0;
+  REFUSE_IF(is_pipe && (source ? to_offset : from_offset) ? ESPIPE : 0);
+  off64_t unused;
+  REFUSE_IF(from_offset && !fault_copy(&unused, from_offset, sizeof unused) ? EFAULT : 0);
+  REFUSE_IF(to_offset && !fault_copy(&unused, to_offset, sizeof unused) ? EFAULT : 0);
+  /* One of the two must be a pipe, and the other, a socket, has no position. */
+  REFUSE_IF(!is_pipe || from_offset || to_offset || (ssize_t)length < 0 ? EINVAL : 0);
   ssize_t result;
   {
     HOLDING(f);

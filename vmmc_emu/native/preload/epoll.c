@@ -200,7 +200,10 @@ static int wait_mixed(struct instance *set, int epoll_fd, struct epoll_event *ev
       int count = collect(set, epoll_fd, events, room, due);
       if (count) return count;
     }
-    if (deadline_ns == 0) return 0; /* only a look: as in the kernel, nothing interrupts it */
+    if (deadline_ns == 0) { /* only a look: as in the kernel, nothing interrupts it */
+      if (endpoint_let_nic_catch_up()) continue;
+      return 0;
+    }
     if (wait_interrupted(since, true)) {
       errno = EINTR;
       return -1;
@@ -282,7 +285,7 @@ static int wait_call(int epoll_fd, struct epoll_event *events, int room, const s
   }
   struct file *f = descriptor_peek(epoll_fd) ? file_get(epoll_fd) : NULL;
   /* The kernel's answer to what is no set of ours, and to nonsense. */
-  if (!f || f->kind != FILE_EPOLL || !events || room <= 0 || (timeout && (timeout->tv_sec < 0 || timeout->tv_nsec < 0))) {
+  if (!f || f->kind != FILE_EPOLL || !events || room <= 0 || room > INT_MAX / (int)sizeof *events || (timeout && (timeout->tv_sec < 0 || timeout->tv_nsec < 0))) {
     if (f) file_put(f);
     if (REAL(epoll_pwait2)) return REAL(epoll_pwait2)(epoll_fd, events, room, timeout, mask);
     return REAL(epoll_pwait)(epoll_fd, events, room, timeout ? (int)(timeout->tv_sec * 1000 + timeout->tv_nsec / 1000000) : -1, mask);

@@ -129,6 +129,7 @@ static int wait_for(struct look *look, uint64_t deadline_ns, struct wait_signals
   int word_count;
   int ready = look_at_ours(look);
   if ((ready || deadline_ns == 0) && endpoint_let_nic_look(&wait_self()->idle)) ready = look_at_ours(look);
+  if (!ready && deadline_ns == 0 && endpoint_let_nic_catch_up()) ready = look_at_ours(look);
   if (ready || deadline_ns == 0) return look_at_kernel(look);
   while (!masked && own_words(look, words, &word_count)) {
     int result = wait_until(words, word_count, any_of_ours, look, deadline_ns, since, true);

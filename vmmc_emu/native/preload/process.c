@@ -17,6 +17,7 @@
 #include <sys/syscall.h>
 
 #include "descriptors.h"
+#include "fault.h"
 #include "names.h"
 #include "readiness.h"
 #include "real.h"
@@ -105,17 +106,33 @@ static char *const *on_node_environment(char *const *given, char **list, char *t
   return list;
 }
 
-static size_t count_of(char *const *list) {
-  size_t count = 0;
-  while (list && list[count]) count++;
-  return count;
+struct environment {
+  char *const *given;
+  size_t count;
+  char **list; /* room for count + KEPT_MAX + 2 */
+  char *text;
+  size_t text_size;
+  char *const *on_node;
+};
+static void count_environment(void *context) {
+  struct environment *e = context;
+  while (e->given && e->given[e->count]) e->count++;
+}
+static void complete_environment(void *context) {
+  struct environment *e = context;
+  e->on_node = on_node_environment(e->given, e->list, e->text, e->text_size);
 }
 
-#define NODE_ENVIRONMENT(given)                                                     \
-  char *environment_list[process_on_node ? count_of(given) + KEPT_MAX + 2 : 1];     \
-  char environment_text[process_on_node ? 4096 : 1];                                \
-  char *const *environment =                                                        \
-      process_on_node ? on_node_environment(given, environment_list, environment_text, sizeof environment_text) : (given)
+/* One that cannot be read is the kernel's to refuse. */
+#define NODE_ENVIRONMENT(given_environment)                                                                    \
+  struct environment on_node = {.given = (given_environment), .on_node = (given_environment)};                 \
+  bool completes = process_on_node && fault_guard(count_environment, &on_node);                                \
+  char *environment_list[completes ? on_node.count + KEPT_MAX + 2 : 1], environment_text[completes ? 4096 : 1]; \
+  on_node.list = environment_list;                                                                             \
+  on_node.text = environment_text;                                                                             \
+  on_node.text_size = sizeof environment_text;                                                                 \
+  char *const *environment =                                                                                   \
+      completes && fault_guard(complete_environment, &on_node) ? on_node.on_node : on_node.given
 
 /* ---- programs that would go around VMMC ---- */
 

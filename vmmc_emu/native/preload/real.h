@@ -59,7 +59,7 @@ void __longjmp_chk(struct __jmp_buf_tag *buffer, int value) __attribute__((noret
   X(close) X(dup) X(dup2) X(dup3) X(fcntl) X(fcntl64) X(ioctl) X(close_range) X(closefrom)                   \
   X(open) X(open64) X(openat) X(openat64) X(__open_2) X(__open64_2) X(__openat_2) X(__openat64_2)            \
   X(creat) X(creat64) X(pipe) X(pipe2) X(eventfd) X(timerfd_create)                                          \
-  X(signalfd) X(inotify_init) X(inotify_init1) X(memfd_create) X(fopen) X(fopen64) X(fdopen)                 \
+  X(signalfd) X(inotify_init) X(inotify_init1) X(memfd_create) X(fopen) X(fopen64) X(fdopen) X(freopen) X(freopen64) \
   /* set-up */                                                                                               \
   X(socket) X(socketpair) X(bind) X(listen) X(accept) X(accept4) X(connect) X(shutdown) X(getsockname)       \
   X(getpeername) X(getsockopt) X(setsockopt)                                                                 \

@@ -7,10 +7,12 @@
  * keeps the old stream's address, as std::cout does, does not follow.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <stdio_ext.h>
 #include <string.h>
+#include <unistd.h>
 #include <wchar.h>
 
 #include "descriptors.h"
@@ -29,15 +31,26 @@ static ssize_t stream_write(void *cookie, const char *buffer, size_t length) {
   return (ssize_t)done;
 }
 static int stream_seek(void *cookie, off64_t *offset, int from) {
-  (void)cookie, (void)offset, (void)from;
-  errno = ESPIPE;
-  return -1;
+  off64_t at = lseek64((int)(intptr_t)cookie, *offset, from); /* of a socket: ESPIPE.  It may be a file by now: freopen */
+  if (at < 0) return -1;
+  *offset = at;
+  return 0;
 }
 static int stream_close(void *cookie) { return close((int)(intptr_t)cookie); }
 
+/* What tells streams with functions of their own from others: the C library keeps it behind the stream. */
+static const void *_Atomic cookie_functions;
+static const void *functions_of(const FILE *stream) {
+  const void *functions;
+  memcpy(&functions, stream + 1, sizeof functions);
+  return functions;
+}
+
 static FILE *stream_of(int fd, const char *mode, cookie_io_functions_t functions) {
   FILE *stream = fopencookie((void *)(intptr_t)fd, mode, functions);
-  if (stream) stream->_fileno = fd; /* what fileno() answers: the C library keeps it there for all streams */
+  if (!stream) return NULL;
+  stream->_fileno = fd; /* what fileno() answers: the C library keeps it there for all streams */
+  cookie_functions = functions_of(stream);
   return stream;
 }
 
@@ -50,6 +63,45 @@ INTERPOSE FILE *fdopen(int fd, const char *mode) {
     return NULL;
   }
   return stream_of(fd, mode, (cookie_io_functions_t){stream_read, stream_write, stream_seek, stream_close});
+}
+
+/* How open(2) and the stream have to be for a mode of fopen's; false: it is none. */
+static bool mode_of(const char *mode, int *flags, int *not_allowed) {
+  enum { NO_READS = 4, NO_WRITES = 8 }; /* in FILE._flags */
+  bool both = strchr(mode, '+');
+  *flags = (both ? O_RDWR : *mode == 'r' ? O_RDONLY : O_WRONLY) | (strchr(mode, 'e') ? O_CLOEXEC : 0) |
+           (strchr(mode, 'x') ? O_EXCL : 0) | (*mode == 'w' ? O_CREAT | O_TRUNC : *mode == 'a' ? O_CREAT | O_APPEND : 0);
+  *not_allowed = both ? 0 : *mode == 'r' ? NO_WRITES : NO_READS;
+  return *mode == 'r' || *mode == 'w' || *mode == 'a';
+}
+
+/* The C library's makes a stream of its own kind of any, and crashes where that had functions of its own.  Ours goes
+ * on by its number, which leads to the file then. */
+INTERPOSE FILE *freopen64(const char *path, const char *mode, FILE *stream) {
+  enum { EITHER = 4 | 8 }; /* NO_READS, NO_WRITES */
+  int flags, not_allowed, fd = stream->_fileno, opened = -1;
+  if (fd < 0 || !cookie_functions || functions_of(stream) != cookie_functions) return REAL(freopen64)(path, mode, stream);
+  fflush(stream);
+  __fpurge(stream); /* what was read and not used, and what could not be written */
+  if (!mode_of(mode, &flags, &not_allowed)) errno = EINVAL;
+  else if (!path) errno = ENXIO; /* a socket cannot be opened once more */
+  else opened = open64(path, flags, 0666);
+  if (opened < 0 || (opened != fd && dup3(opened, fd, flags & O_CLOEXEC) < 0)) {
+    int error = errno;
+    if (opened >= 0) close(opened);
+    fclose(stream);
+    errno = error;
+    return NULL;
+  }
+  if (opened != fd) close(opened);
+  clearerr(stream);
+  stream->_flags = (stream->_flags & ~EITHER) | not_allowed;
+  return stream;
+}
+INTERPOSE FILE *freopen(const char *path, const char *mode, FILE *stream) {
+  if (stream->_fileno >= 0 && cookie_functions && functions_of(stream) == cookie_functions)
+    return freopen64(path, mode, stream);
+  return REAL(freopen)(path, mode, stream);
 }
 
 /* ---- the standard streams ---- */
