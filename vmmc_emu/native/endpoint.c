@@ -478,7 +478,7 @@ void endpoint_ring_slot(struct endpoint *e, uint32_t slot) {
   }
   tell_cpu(e);
   wake_nic(e);
-  wait_self()->rang = true;
+  if (nic_slot(e, slot)->peer_node == e->pub->node) wait_self()->rang = true;
 }
 
 /*
@@ -493,8 +493,8 @@ bool endpoint_let_nic_look(struct vmmc_idle *idle) {
   return false;
 }
 
-/* A turn that is under way may be past the doorbells; the next one forwards, and the one after it places what was for this
- * node itself.  acquire: what a turn did, before it is over. */
+/* A turn that is under way may be past the doorbells; the next one forwards, and the one after it places what was for
+ * this node itself.  acquire: what a turn did, before it is over. */
 bool endpoint_let_nic_catch_up(void) {
   enum { TURNS = 3, PATIENCE_NS = 100000000 }; /* not for ever: a NIC may be stopped, or its successor be late */
   struct wait_thread *self = wait_self();

@@ -31,7 +31,7 @@ struct wait_thread {
   struct vmmc_idle idle;
   bool said;     /* since it polled last it sent all that it wanted to: it may be waiting for an answer */
   uint8_t turns; /* waits in which it was so, lately */
-  bool rang;     /* since the NIC was last let catch up: endpoint_let_nic_catch_up */
+  bool rang;     /* for a connection within the node, since the NIC was last let catch up: endpoint_let_nic_catch_up */
   bool ahead;    /* wait_ahead has begun the wait that this call may come to */
   uint64_t worked; /* since it gave way last: see wait_worked */
 };
