@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,10 +42,18 @@ def test_bad_arguments_as_in_the_kernel(name: str, two_nodes: Cluster, program: 
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("name", ["left_behind", "at_once"])
-def test_what_ends_find_as_in_the_kernel(name: str, two_nodes: Cluster, program: Callable[..., str]) -> None:
-    """Peers of ends that died or closed at a bad moment; and bytes, at once."""
-    same_as_the_kernel([program(name)], two_nodes)
+def test_what_a_peer_finds_as_in_the_kernel(two_nodes: Cluster, program: Callable[..., str]) -> None:
+    """The other end died or closed at a bad moment."""
+    same_as_the_kernel([program("left_behind")], two_nodes)
+
+
+@pytest.mark.native
+def test_what_is_sent_within_a_node_is_there_at_once(two_nodes: Cluster, program: Callable[..., str]) -> None:
+    """All of it, but where a NIC gets no core for long: without being waited for, 0 to 700 of 1000 were."""
+    said = two_nodes.node(0).run([program("at_once")], timeout=60, check=True).stdout
+    found = [int(number) for number in re.findall(r"\d+", said)]
+    assert found.pop() == 1000
+    assert min(found) > 900, said
 
 
 def same_as_the_kernel(command: list[str], two_nodes: Cluster) -> None:

@@ -322,6 +322,8 @@ static int accept_one(struct vsocket *s, struct vsocket *accepted) {
       int error = slot_adopt(accepted, e, entry);
       if (error) return error; /* it goes on waiting */
       learn_addresses(accepted);
+      bool within = nic_slot(e, entry.slot)->peer_node == e->pub->node;
+      atomic_store_explicit(&accepted->within_node, within, memory_order_relaxed);
       atomic_store_explicit(&accepted->phase, SOCKET_CONNECTED, memory_order_release);
       endpoint_ring_slot(e, entry.slot);
     }
@@ -459,6 +461,7 @@ static int connect_ask(struct vsocket *s, const struct sockaddr *address, sockle
   struct vmmc_address local = source_for(s, &peer, node);
   s->peer = peer;
   s->error_before = atomic_exchange(&s->error, 0);
+  atomic_store_explicit(&s->within_node, (uint32_t)node == s->endpoint->pub->node, memory_order_relaxed);
   /* Before the NIC is asked: the peer may have accepted, and this process's other threads know of it, before
    * this one has run again.  To them a socket that is not connecting has hung up. */
   atomic_store_explicit(&s->phase, SOCKET_CONNECTING, memory_order_release);
@@ -603,6 +606,7 @@ int socket_shutdown(struct vsocket *s, int how) {
     atomic_fetch_or(&s->shut, bits);
     atomic_fetch_or(&a->shut, bits);
     endpoint_ring_slot(s->endpoint, s->slot);
+    connection_said(s);
   }
   critical_unlock(&s->send_lock);
   if (!a) return -ENOTCONN; /* another thread gave it up, and may have connected again */

@@ -37,6 +37,12 @@ static inline struct connection_wait connection_wait_begin(struct vsocket *s) {
   return (struct connection_wait){ s, atomic_load_explicit(&s->dissolved, memory_order_relaxed), wait_signals_now() };
 }
 
+/* A connected socket has something for its peer.  Within the node it is to be there when this thread looks: see
+ * endpoint_let_nic_catch_up. */
+static inline void connection_said(const struct vsocket *s) {
+  if (atomic_load_explicit(&s->within_node, memory_order_relaxed)) wait_self()->rang = true;
+}
+
 /* Bytes that were written and that the NIC has yet to send. */
 uint64_t connection_unsent(const struct vsocket *s);
 

@@ -478,7 +478,6 @@ void endpoint_ring_slot(struct endpoint *e, uint32_t slot) {
   }
   tell_cpu(e);
   wake_nic(e);
-  if (nic_slot(e, slot)->peer_node == e->pub->node) wait_self()->rang = true;
 }
 
 /*

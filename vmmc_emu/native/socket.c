@@ -82,7 +82,7 @@ struct vsocket *socket_new(int family) {
   memset(&s->peer, 0, sizeof s->peer);
   s->bound = s->bound_address = s->control_busy = false;
   s->redirecting = NULL;
-  s->closing = s->ended = s->shut = s->shutdowns = s->dissolved = s->local_asleep = 0;
+  s->closing = s->ended = s->shut = s->shutdowns = s->within_node = s->dissolved = s->local_asleep = 0;
   s->request = 0;
   s->low_water = 1;
   s->rung = s->outstanding = s->full_at = 0;
@@ -102,6 +102,7 @@ static void end(struct vsocket *s) {
     return;
   }
   bool connected = connection_view(s).connected;
+  if (connected) connection_said(s);
   uint32_t bits = connection_leave(s, s->linger_s == 0);
   if (s->forks != atomic_load_explicit(&socket_forks, memory_order_relaxed)) bits |= VMMC_FORKED;
   slot_leave(s, bits);

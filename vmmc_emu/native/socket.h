@@ -61,6 +61,7 @@ struct vsocket {
   _Atomic uint32_t ended;             /* the slot was given back: nothing is left to close */
   _Atomic uint32_t shut;              /* VMMC_SHUT_READ and _WRITE: what the program shut down */
   _Atomic uint32_t shutdowns;         /* calls of shutdown: each is news to edge-triggered sets, as on Linux */
+  _Atomic uint32_t within_node;       /* its connection, if it has one, is to this node */
   _Atomic uint32_t dissolved;         /* connections given up: a call that blocked on one ends with EPIPE, as on Linux */
   _Atomic uint32_t local_wake;        /* changed by this process when a waiter must look again */
   _Atomic uint32_t local_asleep;      /* threads that sleep on it */

@@ -263,6 +263,7 @@ static ssize_t send_some(struct vsocket *s, struct pieces *from, size_t length) 
     endpoint_ring_slot(s->endpoint, s->slot);
   }
   sending_end(s);
+  connection_said(s);
   return error && left == length ? error : (ssize_t)(length - left);
 }
 
