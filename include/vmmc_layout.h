@@ -129,7 +129,8 @@ struct vmmc_app_slot {
   /* line 1: transmit.  Writer: app. */
   _Alignas(VMMC_LINE) _Atomic uint64_t written; /* stream position up to which bytes lie in the ring; at
                                                    most the send window past nic_slot.acknowledged */
-  _Atomic uint32_t shut;                        /* VMMC_SHUT_*, bits only ever added in a generation */
+  _Atomic uint32_t shut;                        /* VMMC_SHUT_*; only VMMC_ABORT_AT_END is ever taken back in
+                                                   a generation */
   _Atomic uint32_t asleep_tx;                   /* threads that sleep on nic_slot.wake_tx */
   _Atomic uint32_t sending;                     /* 1: a thread stores into the ring, see "Idle rings" */
   _Atomic uint32_t send_window;                 /* SO_SNDBUF in bytes, 0: the default (VMMC_RING) */

@@ -96,3 +96,19 @@ def segments() -> Callable[[str], list[str]]:
         return sorted(name for name in os.listdir("/dev/shm") if name.startswith(prefix))
 
     return found
+
+
+@pytest.fixture(scope="session")
+def said_by_another_user() -> Callable[..., str]:
+    """Runs Python code, with arguments, as another user and returns what it prints."""
+
+    def said(code: str, *arguments: str) -> str:
+        done = subprocess.run(
+            ["/usr/bin/env", "python3", "-c", code, *arguments], user=65534, group=65534, extra_groups=[],
+            capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+        if done.returncode:
+            pytest.skip(f"no Python that another user can run: {done.stderr.splitlines()[-1:]}")
+        return done.stdout
+
+    return said

@@ -158,19 +158,10 @@ def test_nonsense_on_the_socket_harms_nobody(cluster: Cluster) -> None:
     assert cluster.node(0).run([sys.executable, "-c", LISTEN]).stdout == "ready\n"
 
 
-def said_by_another_user(code: str, *arguments: str) -> str:
-    """What Python code prints that another user runs."""
-    done = subprocess.run(
-        ["/usr/bin/env", "python3", "-c", code, *arguments], user=65534, group=65534, extra_groups=[],
-        capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"no Python that another user can run: {done.stderr.splitlines()[-1:]}")
-    return done.stdout
-
-
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
-def test_another_user_gets_nowhere(cluster: Cluster, segments: Segments) -> None:
+def test_another_user_gets_nowhere(
+    cluster: Cluster, segments: Segments, said_by_another_user: Callable[..., str]
+) -> None:
     path = str(cluster.place.socket(0))
     names = [f"/dev/shm/{name}" for name in segments(cluster.name)]
     code = (
@@ -185,7 +176,9 @@ def test_another_user_gets_nowhere(cluster: Cluster, segments: Segments) -> None
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
-def test_another_user_reaches_no_program(cluster: Cluster) -> None:
+def test_another_user_reaches_no_program(
+    cluster: Cluster, said_by_another_user: Callable[..., str]
+) -> None:
     """Its placeholders are a Unix socket that listens, and the kernel tells everybody its name."""
     with cluster.node(0).popen(
         [sys.executable, "-c", f"{LISTEN.rstrip()}\nprint(input())"],

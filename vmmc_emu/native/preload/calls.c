@@ -99,7 +99,8 @@ static int take_control(const struct msghdr *message) {
   size_t length = message->msg_controllen;
   if (!length) return 0;
   if (length > MOST) return ENOBUFS;
-  char *control = malloc(length);
+  char few[256]; /* enough for most, and without the allocator, which a signal handler may have interrupted */
+  char *control = length <= sizeof few ? few : malloc(length);
   if (!control) return ENOBUFS;
   int error = fault_copy(control, message->msg_control, length) ? 0 : EFAULT;
   for (size_t at = 0; !error && length - at >= sizeof(struct cmsghdr);) {
@@ -110,7 +111,7 @@ static int take_control(const struct msghdr *message) {
     else if (CMSG_ALIGN(c.cmsg_len) >= length - at) break;
     else at += CMSG_ALIGN(c.cmsg_len);
   }
-  free(control);
+  if (control != few) free(control);
   return error;
 }
 

@@ -38,12 +38,16 @@ static int stream_seek(void *cookie, off64_t *offset, int from) {
 }
 static int stream_close(void *cookie) { return close((int)(intptr_t)cookie); }
 
-/* What tells streams with functions of their own from others: the C library keeps it behind the stream. */
+/* What tells streams with functions of their own from others: the C library keeps it behind the stream.  The same for
+ * all of them; NULL: none was made yet. */
 static const void *_Atomic cookie_functions;
 static const void *functions_of(const FILE *stream) {
   const void *functions;
   memcpy(&functions, stream + 1, sizeof functions);
   return functions;
+}
+static bool has_own_functions(const FILE *stream) {
+  return stream->_fileno >= 0 && cookie_functions && functions_of(stream) == cookie_functions;
 }
 
 static FILE *stream_of(int fd, const char *mode, cookie_io_functions_t functions) {
@@ -65,9 +69,10 @@ INTERPOSE FILE *fdopen(int fd, const char *mode) {
   return stream_of(fd, mode, (cookie_io_functions_t){stream_read, stream_write, stream_seek, stream_close});
 }
 
+enum { NO_READS = 4, NO_WRITES = 8 }; /* in FILE._flags */
+
 /* How open(2) and the stream have to be for a mode of fopen's; false: it is none. */
 static bool mode_of(const char *mode, int *flags, int *not_allowed) {
-  enum { NO_READS = 4, NO_WRITES = 8 }; /* in FILE._flags */
   bool both = strchr(mode, '+');
   *flags = (both ? O_RDWR : *mode == 'r' ? O_RDONLY : O_WRONLY) | (strchr(mode, 'e') ? O_CLOEXEC : 0) |
            (strchr(mode, 'x') ? O_EXCL : 0) | (*mode == 'w' ? O_CREAT | O_TRUNC : *mode == 'a' ? O_CREAT | O_APPEND : 0);
@@ -78,9 +83,8 @@ static bool mode_of(const char *mode, int *flags, int *not_allowed) {
 /* The C library's makes a stream of its own kind of any, and crashes where that had functions of its own.  Ours goes
  * on by its number, which leads to the file then. */
 INTERPOSE FILE *freopen64(const char *path, const char *mode, FILE *stream) {
-  enum { EITHER = 4 | 8 }; /* NO_READS, NO_WRITES */
   int flags, not_allowed, fd = stream->_fileno, opened = -1;
-  if (fd < 0 || !cookie_functions || functions_of(stream) != cookie_functions) return REAL(freopen64)(path, mode, stream);
+  if (!has_own_functions(stream)) return REAL(freopen64)(path, mode, stream);
   fflush(stream);
   __fpurge(stream); /* what was read and not used, and what could not be written */
   if (!mode_of(mode, &flags, &not_allowed)) errno = EINVAL;
@@ -95,13 +99,11 @@ INTERPOSE FILE *freopen64(const char *path, const char *mode, FILE *stream) {
   }
   if (opened != fd) close(opened);
   clearerr(stream);
-  stream->_flags = (stream->_flags & ~EITHER) | not_allowed;
+  stream->_flags = (stream->_flags & ~(NO_READS | NO_WRITES)) | not_allowed;
   return stream;
 }
 INTERPOSE FILE *freopen(const char *path, const char *mode, FILE *stream) {
-  if (stream->_fileno >= 0 && cookie_functions && functions_of(stream) == cookie_functions)
-    return freopen64(path, mode, stream);
-  return REAL(freopen)(path, mode, stream);
+  return has_own_functions(stream) ? freopen64(path, mode, stream) : REAL(freopen)(path, mode, stream);
 }
 
 /* ---- the standard streams ---- */
