@@ -471,8 +471,6 @@ class Supervisor:
             if not found:
                 break
             processes.kill(found)
-        if nic := processes.nic_of(self._place, node.index):
-            processes.kill([nic])  # started by the daemon while it was being killed
         self._part(node)
         if node.store is not None:
             node.store.close()

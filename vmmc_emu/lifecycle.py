@@ -411,12 +411,17 @@ def end_processes(place: ClusterPaths, grace_s: float = processes.GRACE_S) -> No
 
 def _nics(place: ClusterPaths) -> list[processes.Process]:
     """The NICs of a cluster's nodes, by their locks."""
-    found = []
+    return [nic for node in _states(place) if (nic := processes.nic_of(place, node))]
+
+
+def _states(place: ClusterPaths) -> dict[int, Path]:
+    """The segments that hold what NICs remember, by their nodes."""
+    found = {}
     for name in place.segments():
         node, dot, what = name.removeprefix(segment_prefix(place.cluster)).partition(".")
         digits = node.removeprefix("node")
-        if dot and what == "state" and digits.isdigit() and (nic := processes.nic_of(place, int(digits))):
-            found.append(nic)
+        if dot and what == "state" and digits.isdigit():
+            found[int(digits)] = paths.SHM / name
     return found
 
 
@@ -427,7 +432,13 @@ def remove_files(place: ClusterPaths) -> None:
 
 
 def remove_segments(place: ClusterPaths, node: int | None = None) -> None:
-    """Unlinks what is exactly this cluster's, or one node's, in /dev/shm, except the cluster's lock."""
+    """Unlinks what is exactly this cluster's, or one node's, in /dev/shm, except the cluster's lock.
+
+    NICs that only begin, whose daemons were killed before they could write them down, end with it.
+    """
+    for each, path in _states(place).items():
+        if node is None or each == node:
+            _remove_state(each, path)
     prefix = segment_prefix(place.cluster) + ("" if node is None else f"{node_name(node)}.")
     why = "the cluster is down" if node is None else "the node has lost its power"
     for name in place.segments():
@@ -439,6 +450,21 @@ def remove_segments(place: ClusterPaths, node: int | None = None) -> None:
             _tell("vmmc_tell_off", paths.SHM / name)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(paths.SHM / name)
+
+
+def _remove_state(node: int, path: Path) -> None:
+    """Unlinks what a NIC remembers, and ends the one that holds it; a later one finds it gone, and ends."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.unlink(path)
+        # In this order: a NIC takes its lock first and then looks whether the segment has a name still.
+        if nic := processes.nic_that_holds(descriptor, node):
+            processes.kill([nic])
+    finally:
+        os.close(descriptor)
 
 
 def _tell(call: str, segment: Path, *arguments: bytes) -> None:

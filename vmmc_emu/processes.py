@@ -252,9 +252,14 @@ def nic_of(paths: ClusterPaths, node: int) -> Process | None:
     except OSError:
         return None
     try:
-        locked, pid = lock_in_the_way(descriptor, fcntl.F_GETLK)
+        return nic_that_holds(descriptor, node)
     finally:
         os.close(descriptor)
+
+
+def nic_that_holds(descriptor: int, node: int) -> Process | None:
+    """The same by a descriptor, open for writing, of the node's state, which may have been unlinked."""
+    locked, pid = lock_in_the_way(descriptor, fcntl.F_GETLK)
     start = start_of(pid) if locked and pid > 0 else None
     return None if start is None else Process(pid, start, NIC, node)
 

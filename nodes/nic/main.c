@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 
 #include "nic.h"
 
@@ -94,6 +95,9 @@ static void take_over(void) {
     log_event("error", "another NIC serves this node: %s", strerror(errno));
     exit(1);
   }
+  /* After the lock: who removes the segment looks for its holder after that, so that one of both finds the other. */
+  struct stat s;
+  if (fstat(nic.state_fd, &s) == 0 && s.st_nlink == 0) nic_end_damaged("state");
   nic.pub = map_own("pub", sizeof *nic.pub, sizeof *nic.pub, NULL);
   struct vmmc_pub *pub = nic.pub;
   pub->version = VMMC_LAYOUT_VERSION;

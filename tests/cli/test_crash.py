@@ -607,6 +607,42 @@ def test_a_nic_that_nobody_knows_of_makes_room(cluster: Cluster) -> None:
     theirs.close()
 
 
+@pytest.mark.parametrize("late", [True, False], ids=["before its lock", "after its lock"])
+def test_a_nic_that_begins_while_its_node_ends(cli: Cli, program: Callable[..., str], late: bool) -> None:
+    """Its daemon was killed before it could write it down, and it has no lock when NICs are looked for."""
+    cli.ok("up", "--nodes", 2)
+    place = Cluster.running(cli.cluster).place
+    node = json.loads(cli.ok("status", "--json"))["nodes"][1]
+    os.kill(node["daemon_pid"], signal.SIGSTOP)
+    kill(node["nic_pid"])
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    asks, say = os.pipe()
+    wait, grant = os.pipe()
+    stray = subprocess.Popen(
+        [native_file("vmmc-nic"), "--cluster", cli.cluster, "--uid", str(os.getuid()), "--node", "1",
+         "--nodes", "2", "--control", str(theirs.fileno())],
+        pass_fds=[theirs.fileno(), say, wait], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "LATE_SAY": str(say), "LATE_WAIT": str(wait),
+             "LD_PRELOAD": program("late_lock", "-shared", "-fPIC")},
+    )  # fmt: skip
+    os.close(say)
+    assert os.read(asks, 1) == b"!"
+    if late:
+        cli.ok("node", "kill", 1)
+        os.close(grant)
+    else:
+        os.close(grant)
+        until(lambda: processes.nic_of(place, 1))
+        lifecycle.remove_segments(place, 1)  # the end of a node, from where nobody looks for its NIC any more
+    _, errors = stray.communicate(timeout=20)
+    assert (stray.returncode == -signal.SIGKILL) != late
+    assert ("shared memory of this node was removed or truncated (state)" in errors) == late
+    for descriptor in (asks, wait):
+        os.close(descriptor)
+    control.close()
+    theirs.close()
+
+
 def test_down_finds_what_is_on_no_record(cli: Cli, segments: Segments) -> None:
     cli.ok("up", "--nodes", 2)
     status = json.loads(cli.ok("status", "--json"))
