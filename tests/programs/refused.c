@@ -1,5 +1,8 @@
 /* refused: calls with flags, lengths and pointers of which the kernel refuses some.  Prints what each gave. */
 #include <limits.h>
+#include <linux/sockios.h>
+#include <netinet/tcp.h>
+#include <sys/ioctl.h>
 #include <sys/sendfile.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -92,6 +95,41 @@ static void files(int a, int b) {
   TELL(sendfile(a, channel[0], &position, 10));
   TELL(sendfile(a, file, &position, 10));
   drain(b);
+  int zero = open("/dev/zero", O_RDONLY), directory = open("/", O_RDONLY);
+  TELL(sendfile(a, zero, NULL, 10));
+  position = 5;
+  TELL(sendfile(a, zero, &position, 10));
+  TELL(sendfile(a, directory, NULL, 10));
+  drain(b);
+}
+
+static void modes(int a) {
+  int on = 1, owner = 0;
+  char name[32] = "";
+  socklen_t length = sizeof name;
+  TELL(fcntl(a, F_SETFL, O_APPEND | O_NONBLOCK));
+  TELL(fcntl(a, F_GETFL));
+  TELL(fcntl(a, F_SETFL, O_DIRECT));
+  TELL(fcntl(a, F_GETFL));
+  TELL(fcntl(a, F_SETFL, 0));
+  TELL(fcntl(a, F_GETFL));
+  owner = getpid();
+  TELL(ioctl(a, SIOCSPGRP, &owner));
+  TELL(fcntl(a, F_GETOWN) == getpid());
+  owner = 0;
+  TELL(ioctl(a, SIOCGPGRP, &owner));
+  TELL(owner == getpid());
+  TELL(ioctl(a, SIOCSPGRP, (void *)8));
+  owner = INT_MAX;
+  TELL(ioctl(a, FIOSETOWN, &owner));
+  TELL(setsockopt(a, IPPROTO_TCP, TCP_CONGESTION, "no-such-control", 15));
+  TELL(setsockopt(a, IPPROTO_TCP, TCP_CONGESTION, "", 0));
+  TELL(setsockopt(a, IPPROTO_TCP, TCP_CONGESTION, "", 1));
+  TELL(setsockopt(a, IPPROTO_TCP, TCP_CONGESTION, "reno", 4));
+  TELL(getsockopt(a, IPPROTO_TCP, TCP_CONGESTION, name, &length));
+  TELL(length);
+  printf("%s\n", name);
+  TELL(setsockopt(a, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on));
 }
 
 static void programs(void) {
@@ -125,6 +163,7 @@ int main(void) {
   opens_fast(&to);
   control(p.a, p.b);
   files(p.a, p.b);
+  modes(p.a);
   programs();
   streams(p.a);
   return 0;

@@ -304,6 +304,7 @@ static void inherit(struct vsocket *s, const struct vsocket *listener) {
   s->flags = listener->flags;
   s->low_water = listener->low_water;
   memcpy(s->kept, listener->kept, sizeof s->kept);
+  memcpy(s->congestion, listener->congestion, sizeof s->congestion);
 }
 
 /* Takes the first waiting connection into `accepted`.  -EAGAIN: none waits.  receive_lock is held. */

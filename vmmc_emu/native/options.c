@@ -284,6 +284,25 @@ static void tell_keepalive(struct vsocket *s) {
   slot_let_go(s);
 }
 
+/* What TCP_CONGESTION gives where no name was set: there is no such control, the link has its own. */
+static const char no_congestion[16] = "vmmc"; /* TCP_CA_NAME_MAX */
+
+/* A name that the machine's kernel would take is kept, and given back: a socket of the kernel's is asked. */
+static int set_congestion(struct vsocket *s, const void *value, socklen_t length) {
+  char name[sizeof s->congestion] = "";
+  if (length < 1) return -EINVAL;
+  memcpy(name, value, length < sizeof name - 1 ? length : sizeof name - 1);
+  if (strcmp(name, no_congestion) != 0) {
+    int fd = sys_socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) return fd;
+    int error = sys_setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, sizeof name);
+    sys_close(fd);
+    if (error) return error;
+  }
+  strcpy(s->congestion, name);
+  return 0;
+}
+
 int socket_setsockopt(struct vsocket *s, int level, int name, const void *value, socklen_t length) {
   if (!connection_usable(s)) return -EBADF;
   if ((int32_t)length < 0) return -EINVAL;
@@ -310,7 +329,7 @@ int socket_setsockopt(struct vsocket *s, int level, int name, const void *value,
     case SOL_SOCKET: return set_socket_level(s, name, value, length);
     case IPPROTO_IPV6: return name == IPV6_V6ONLY ? set_v6only(s, value, length) : -ENOPROTOOPT;
     case IPPROTO_TCP: {
-      if (name == TCP_CONGESTION) return length < 1 ? -EINVAL : 0; /* any: there is none */
+      if (name == TCP_CONGESTION) return set_congestion(s, value, length);
       int number, error = take_int(value, length, &number);
       if (error) return error;
       if (name == TCP_MAXSEG && number && (number < SEGMENT_LEAST || number > SEGMENT_MOST)) return -EINVAL;
@@ -380,13 +399,13 @@ static int get_socket_level(struct vsocket *s, int name, void *value, socklen_t 
 }
 
 static int get_tcp_level(struct vsocket *s, int name, void *value, socklen_t *length) {
-  static const char congestion[16] = "vmmc"; /* TCP_CA_NAME_MAX */
   switch (name) {
     case TCP_MAXSEG:
       return give_int(connection_view(s).connected ? SEGMENT : SEGMENT_UNCONNECTED, value, length);
     case TCP_WINDOW_CLAMP: return give_int(VMMC_RING, value, length);
     case TCP_INFO: return get_tcp_info(s, value, length);
-    case TCP_CONGESTION: return give(congestion, sizeof congestion, value, length);
+    case TCP_CONGESTION:
+      return give(*s->congestion ? s->congestion : no_congestion, sizeof no_congestion, value, length);
     default: return -ENOPROTOOPT;
   }
 }

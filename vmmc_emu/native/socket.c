@@ -87,6 +87,7 @@ struct vsocket *socket_new(int family) {
   s->low_water = 1;
   s->rung = s->outstanding = s->full_at = 0;
   memset(s->kept, 0, sizeof s->kept);
+  *s->congestion = 0;
   s->phase = SOCKET_NEW;
   atomic_store_explicit(&s->references, 1, memory_order_relaxed);
   return s;

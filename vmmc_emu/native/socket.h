@@ -71,7 +71,8 @@ struct vsocket {
   uint64_t outstanding;               /* most bytes ever seen waiting in the default buffer (receive_lock) */
   _Atomic uint64_t full_at;           /* `limit` when the socket was last found full: for edges */
   struct redirected_receive *redirecting; /* the receive that has its address posted, or NULL (receive_lock) */
-  int32_t kept[47];                   /* options that are accepted and given back: options.c */
+  int32_t kept[47];                   /* options that are accepted and given back: options.c; */
+  char congestion[16];                /* and the name that TCP_CONGESTION was given, empty: none */
 };
 
 /* socket(): no slot is taken and nothing is attached until it is needed. NULL: ENOMEM. */

@@ -53,6 +53,9 @@ static inline int sys_socket(int family, int type, int protocol) {
 static inline int sys_connect(int fd, const struct sockaddr *address, socklen_t length) {
   return (int)sys_call(SYS_connect, fd, (long)address, (long)length, 0, 0, 0);
 }
+static inline int sys_setsockopt(int fd, int level, int name, const void *value, socklen_t length) {
+  return (int)sys_call(SYS_setsockopt, fd, level, name, (long)value, (long)length, 0);
+}
 static inline ssize_t sys_sendmsg(int fd, const struct msghdr *message, int flags) {
   return sys_call(SYS_sendmsg, fd, (long)message, flags, 0, 0, 0);
 }

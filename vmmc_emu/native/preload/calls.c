@@ -1,6 +1,7 @@
 /* calls.c: the families of read and write on sockets, and ioctl. */
 #include <errno.h>
 #include <limits.h>
+#include <linux/sockios.h>
 #include <net/if.h>
 #include <netinet/in.h>
 #include <stdlib.h>
@@ -411,7 +412,7 @@ static ssize_t send_file_held(struct file *f, int from, off64_t *offset, size_t 
   if (fstat(from, &status) < 0) return -errno;
   if (offset && (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode))) return -ESPIPE;
   if ((ssize_t)length < 0) return -EINVAL;
-  if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) return -EINVAL; /* as the kernel: must be mappable */
+  if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode) && !S_ISCHR(status.st_mode)) return -EINVAL;
   off64_t at = offset ? *offset : lseek64(from, 0, SEEK_CUR);
   if (at < 0) return -EINVAL;
   enum { CHUNK = 64 * 1024 };
@@ -569,8 +570,9 @@ INTERPOSE int ioctl(int fd, unsigned long request, ...) {
     REFUSE_IF(fault_copy(&number, argument, sizeof number) ? 0 : EFAULT);
     atomic_store_explicit(&f->nonblocking, number != 0, memory_order_relaxed);
     result = 0;
-  } else if (request == FIOCLEX || request == FIONCLEX) {
-    result = REAL(ioctl)(fd, request) < 0 ? -errno : 0;
+  } else if (request == FIOCLEX || request == FIONCLEX || request == FIOSETOWN || request == SIOCSPGRP ||
+             request == FIOGETOWN || request == SIOCGPGRP) { /* as F_SETOWN: the number's, whatever stands there */
+    result = REAL(ioctl)(fd, request, argument) < 0 ? -errno : 0;
   } else if ((result = socket_ioctl(f->socket, request, &number)) == 0) {
     if (!fault_copy(argument, &number, sizeof number)) result = -EFAULT;
   } else if (result == -ENOTTY && (result = names_ioctl(request, argument)) == -ENOTTY && request >= 0x8900 &&

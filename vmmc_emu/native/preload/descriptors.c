@@ -58,6 +58,7 @@ struct file *file_new(enum file_kind kind, struct vsocket *socket, struct instan
   setup_forget_options(f); /* of its last use: not at its end, since signal handlers may close, and not free */
   f->next_free = NULL;
   atomic_store_explicit(&f->nonblocking, 0, memory_order_relaxed);
+  atomic_store_explicit(&f->appends, 0, memory_order_relaxed);
   if (socket) {
     atomic_store_explicit(&socket->readiness, f, memory_order_release);
     atomic_fetch_add_explicit(&open_sockets, 1, memory_order_relaxed);
@@ -359,13 +360,17 @@ static int do_fcntl(__typeof__(&fcntl) real, int fd, int command, void *argument
     result = real(fd, command, argument);
     if (!descriptor_is_borrowed()) return duplicated(result, f);
   } else if (f->kind == FILE_SOCKET && command == F_GETFL) {
-    result = O_RDWR | (atomic_load_explicit(&f->nonblocking, memory_order_relaxed) ? O_NONBLOCK : 0);
+    result = O_RDWR | (atomic_load_explicit(&f->nonblocking, memory_order_relaxed) ? O_NONBLOCK : 0) |
+             (atomic_load_explicit(&f->appends, memory_order_relaxed) ? O_APPEND : 0);
   } else if (f->kind == FILE_SOCKET && command == F_SETFL) {
-    atomic_store_explicit(&f->nonblocking, ((int)(intptr_t)argument & O_NONBLOCK) != 0, memory_order_relaxed);
+    int flags = (int)(intptr_t)argument;
     result = 0;
-    if ((int)(intptr_t)argument & O_ASYNC) { /* no SIGIO from here: better refused than never sent */
+    if (flags & (O_ASYNC | O_DIRECT)) { /* no SIGIO from here: better refused than never sent */
       errno = EINVAL;
       result = -1;
+    } else {
+      atomic_store_explicit(&f->nonblocking, (flags & O_NONBLOCK) != 0, memory_order_relaxed);
+      atomic_store_explicit(&f->appends, (flags & O_APPEND) != 0, memory_order_relaxed);
     }
   } else {
     result = real(fd, command, argument);

@@ -27,6 +27,7 @@ struct file {
   _Atomic uint32_t holds;        /* descriptors, and calls under way; the last one closes it; 0: not in use */
   enum file_kind kind;           /* never changes while in use */
   _Atomic uint32_t nonblocking;  /* O_NONBLOCK */
+  _Atomic uint32_t appends;      /* O_APPEND: given back, and nothing else */
   struct vsocket *socket;        /* FILE_SOCKET */
   struct instance *set;          /* FILE_EPOLL */
   struct item *items;            /* memberships in sets; guarded by readiness.c's routes lock */
