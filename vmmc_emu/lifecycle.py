@@ -459,7 +459,8 @@ def _remove_state(node: int, path: Path) -> None:
     except FileNotFoundError:
         return
     try:
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # somebody else ends it, too
+            os.unlink(path)
         # In this order: a NIC takes its lock first and then looks whether the segment has a name still.
         if nic := processes.nic_that_holds(descriptor, node):
             processes.kill([nic])

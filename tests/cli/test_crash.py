@@ -577,6 +577,13 @@ def test_sleepers_are_woken_after_nic_and_daemon_died_together(cluster: Cluster)
             process.communicate()
 
 
+def nic_command(cluster: str, node: int, nodes: int, control: int) -> list[str]:
+    """Starts a NIC as a node's daemon does, with that descriptor to its daemon."""
+    numbers = {"uid": os.getuid(), "node": node, "nodes": nodes, "control": control}
+    options = [each for name, number in numbers.items() for each in (f"--{name}", str(number))]
+    return [str(native_file("vmmc-nic")), "--cluster", cluster, *options]
+
+
 def test_a_nic_that_nobody_knows_of_makes_room(cluster: Cluster) -> None:
     """One that a daemon started last thing before it was killed: never two NICs on a node."""
     status = cluster.status()["nodes"][0]
@@ -584,19 +591,13 @@ def test_a_nic_that_nobody_knows_of_makes_room(cluster: Cluster) -> None:
     # As if it had been started and not been told of: the predecessor is dead, this one is on no record.
     kill(status["nic_pid"])
     (cluster.place.processes / "nic-0").unlink()
-    nic = native_file("vmmc-nic")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    stray = subprocess.Popen(
-        [nic, "--cluster", cluster.name, "--uid", str(os.getuid()), "--node", "0", "--nodes", "3",
-         "--control", str(theirs.fileno())],
-        pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = nic_command(cluster.name, 0, 3, theirs.fileno())
+    stray = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
     until(lambda: (found := processes.nic_of(cluster.place, 0)) and found.pid == stray.pid)
     second = subprocess.run(
-        [nic, "--cluster", cluster.name, "--uid", str(os.getuid()), "--node", "0", "--nodes", "3",
-         "--control", "1"],
-        capture_output=True, text=True, check=False, timeout=20,
-    )  # fmt: skip
+        nic_command(cluster.name, 0, 3, 1), capture_output=True, text=True, check=False, timeout=20
+    )
     assert second.returncode == 1
     assert "another NIC serves this node" in second.stderr
     os.kill(status["daemon_pid"], signal.SIGCONT)
@@ -619,8 +620,7 @@ def test_a_nic_that_begins_while_its_node_ends(cli: Cli, program: Callable[..., 
     asks, say = os.pipe()
     wait, grant = os.pipe()
     stray = subprocess.Popen(
-        [native_file("vmmc-nic"), "--cluster", cli.cluster, "--uid", str(os.getuid()), "--node", "1",
-         "--nodes", "2", "--control", str(theirs.fileno())],
+        nic_command(cli.cluster, 1, 2, theirs.fileno()),
         pass_fds=[theirs.fileno(), say, wait], stderr=subprocess.PIPE, text=True,
         env={**os.environ, "LATE_SAY": str(say), "LATE_WAIT": str(wait),
              "LD_PRELOAD": program("late_lock", "-shared", "-fPIC")},

@@ -91,8 +91,8 @@ class End:
         self.process.wait()
 
 
-def waits_for_its_nic(pid: int) -> bool:
-    """Or, of a NIC, whether it waits for work: it has passed on what it was given."""
+def is_asleep(pid: int) -> bool:
+    """Whether it sleeps on words: a program waits for its NIC, a NIC has passed on what it was given."""
     futex_waitv = "449"
     return Path(f"/proc/{pid}/syscall").read_text().split()[0] == futex_waitv
 
@@ -239,7 +239,7 @@ def test_giving_a_listener_up_waits_for_its_nic(ends: Ends, way: str) -> None:
     with ends.stopped(1):
         ends.server.tell(way)
         while not ends.server.has_spoken():
-            if waits_for_its_nic(ends.server.process.pid):
+            if is_asleep(ends.server.process.pid):
                 break
         else:
             pytest.fail("it has not waited")
@@ -258,7 +258,7 @@ def test_a_handler_runs_when_the_listener_has_been_given_up(
     with ends.stopped(1):
         process.stdin.write("\n")
         process.stdin.flush()
-        while not waits_for_its_nic(process.pid):
+        while not is_asleep(process.pid):
             pass
         process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=30)[0].splitlines() == [says, "listen 0", "close 0"]
@@ -311,7 +311,7 @@ def test_the_room_was_gone(end: str) -> None:
             with ends.stopped(1):
                 # The link with node 0 is looked at before that with node 2, where all five are by then.
                 assert ends.client(f"[begin(i, {ends.PORT}) for i in range(5)]") == repr([True] * 5)
-                while not waits_for_its_nic(ends.nic(0)):
+                while not is_asleep(ends.nic(0)):
                     pass
                 assert late(f"connect('c', {ends.PORT})") == "None"
                 assert late("s['c'].send(b'late')") == "4"
